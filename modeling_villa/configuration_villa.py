@@ -1,0 +1,152 @@
+"""Configurations of the image tower, the mapping model (Stage 1) and the one-to-one VLM (Stages 0 and 2)."""
+
+from dataclasses import field
+from typing import Any
+
+from transformers import CLIPTextConfig, PreTrainedConfig
+
+
+class VillaVisionConfig(PreTrainedConfig):
+    """The image tower: a timm backbone cut in two, with RoIAlign in between.
+
+    Args:
+        backbone: name of a stage-wise convolutional timm model, without weights tag (`resnet50_clip`).
+        backbone_kwargs: further arguments of `timm.create_model`, JSON values only.
+        region_stage: index into the backbone's `feature_info` of the stage whose output is cut into regions;
+            -2 (the default, and what CLIP RN50 wants) leaves exactly the last stage and the pooling to the
+            region head. A lower stage gives sharper regions and a larger region head.
+        roi_size: side of the square that RoIAlign makes of every box, in cells of the feature map, > 0. The
+            paper's 14 on the stride-16 map of RN50.
+        projection_dim: width d of the image and region embeddings, > 0.
+        image_size: side in pixels to which the processor brings the images; a backbone with an attention pool
+            has position embeddings of this size.
+        num_channels: channels of the images.
+
+    Raises:
+        ValueError: a size that is not positive, or no backbone.
+    """
+
+    model_type = "villa_vision"
+    base_config_key = "vision_config"
+
+    backbone: str = "resnet50_clip"
+    backbone_kwargs: dict[str, Any] | None = None
+    region_stage: int = -2
+    roi_size: int = 14
+    projection_dim: int = 1024
+    image_size: int = 224
+    num_channels: int = 3
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("roi_size", "projection_dim", "image_size", "num_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.backbone:
+            raise ValueError("backbone must name a timm model, got an empty string.")
+        self.backbone_kwargs = dict(self.backbone_kwargs or {})
+        super().__post_init__(**kwargs)
+
+
+class VillaClipConfig(PreTrainedConfig):
+    """A one-to-one VLM: image tower, text tower, one learnable temperature.
+
+    Args:
+        vision_config: the image tower, as a `VillaVisionConfig` or its dictionary.
+        text_config: the text tower, as a `CLIPTextConfig` or its dictionary; its `projection_dim` must be that
+            of the image tower.
+        temperature: initial tau of the contrastive loss, > 0; the model learns `logit_scale = log(1 / tau)`
+            where the trainer lets it. The paper and its code use 0.07.
+
+    Raises:
+        ValueError: towers of different widths, or a temperature that is not positive.
+    """
+
+    model_type = "villa_clip"
+    sub_configs = {"vision_config": VillaVisionConfig, "text_config": CLIPTextConfig}
+
+    vision_config: Any = None
+    text_config: Any = None
+    temperature: float = 0.07
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            self.vision_config = VillaVisionConfig(**(self.vision_config or {}))
+        if not isinstance(self.text_config, PreTrainedConfig):
+            defaults = {"projection_dim": self.vision_config.projection_dim}
+            self.text_config = CLIPTextConfig(**{**defaults, **(self.text_config or {})})
+        if self.vision_config.projection_dim != self.text_config.projection_dim:
+            raise ValueError(
+                "The towers' embeddings differ in width: vision_config.projection_dim is "
+                f"{self.vision_config.projection_dim}, text_config.projection_dim is "
+                f"{self.text_config.projection_dim}."
+            )
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}.")
+        super().__post_init__(**kwargs)
+
+    @property
+    def projection_dim(self) -> int:
+        """Width d of the shared embedding space."""
+        return self.vision_config.projection_dim
+
+
+class VillaMappingConfig(PreTrainedConfig):
+    """The mapping model: a one-to-one VLM and p projection heads over its region embeddings.
+
+    Args:
+        vlm_config: the VLM whose towers embed regions and attributes, as a `VillaClipConfig` or dictionary.
+        attributes: the vocabulary A, distinct names, in the order of the label columns.
+        attribute_groups: group name -> its attributes; attributes of one group exclude each other within a
+            region when the mapping is assigned. Attributes outside every group exclude nothing.
+        num_heads: p, from 1 to |A|; attribute k uses head k mod p. None for p = |A|, one head per attribute.
+        residual: share of the region embedding that is mixed into its head's output, in [0, 1); the paper's
+            code offers 0.8, its default is 0.
+        temperature: tau of the contrastive loss, > 0.
+
+    Raises:
+        ValueError: names that repeat, a group that names an unknown attribute or shares one with another
+            group, or a number out of its range.
+    """
+
+    model_type = "villa_mapping"
+    sub_configs = {"vlm_config": VillaClipConfig}
+
+    vlm_config: Any = None
+    attributes: list[str] = field(default_factory=lambda: ["attribute"])
+    attribute_groups: dict[str, list[str]] = field(default_factory=dict)
+    num_heads: int | None = None
+    residual: float = 0.0
+    temperature: float = 0.07
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.vlm_config, PreTrainedConfig):
+            self.vlm_config = VillaClipConfig(**(self.vlm_config or {}))
+        self.attributes = list(self.attributes)
+        self.attribute_groups = {name: list(group) for name, group in self.attribute_groups.items()}
+        if self.num_heads is None:
+            self.num_heads = len(self.attributes)
+        self._check(self.num_heads)
+        super().__post_init__(**kwargs)
+
+    def _check(self, num_heads: int) -> None:
+        if not self.attributes or len(set(self.attributes)) != len(self.attributes):
+            raise ValueError(f"attributes must be distinct names, at least one; got {self.attributes}.")
+        if not 1 <= num_heads <= len(self.attributes):
+            raise ValueError(
+                f"num_heads must be from 1 to the number of attributes, {len(self.attributes)}; got {num_heads}."
+            )
+        grouped = [name for group in self.attribute_groups.values() for name in group]
+        if unknown := sorted(set(grouped) - set(self.attributes)):
+            raise ValueError(f"attribute_groups names {unknown}, which are not among the attributes.")
+        if len(set(grouped)) != len(grouped):
+            raise ValueError(f"An attribute belongs to one group at most; attribute_groups is {self.attribute_groups}.")
+        if not 0 <= self.residual < 1:
+            raise ValueError(f"residual must be in [0, 1), got {self.residual}.")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}.")
+
+    @property
+    def group_ids(self) -> list[int]:
+        """For each attribute the number of its group, or -1: what `assign_attributes(groups=)` takes."""
+        numbers = {name: i for i, group in enumerate(self.attribute_groups.values()) for name in group}
+        return [numbers.get(name, -1) for name in self.attributes]

@@ -1,0 +1,145 @@
+"""All of ViLLA from one YAML: Stages 0, 1 and 2, the ceiling, the evaluation, a table and pictures.
+
+    accelerate launch training/pipeline.py --config training/configs/quickstart.yaml
+
+Stages that are finished are skipped and one that was cut off goes on from its last checkpoint, so that the same
+command, given again after a kill, completes the run. Options after the config override it in every stage that has them.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import embed_regions
+import map_regions
+import stage0
+import stage1
+import stage2
+from arguments import StageArguments, read_arguments
+from stage import start
+
+EVAL = Path(__file__).resolve().parent.parent / "eval"
+ARGUMENTS: dict[str, type[StageArguments]] = {
+    stage0.STAGE: stage0.Stage0Arguments,
+    embed_regions.STAGE: embed_regions.EmbedRegionsArguments,
+    stage1.STAGE: stage1.Stage1Arguments,
+    map_regions.STAGE: map_regions.MapRegionsArguments,
+    stage2.STAGE: stage2.Stage2Arguments,
+}
+ROWS = {"clip_ft_img": "CLIP-FT-Img (Stage 0)", "villa": "ViLLA (Stage 2)", "ceiling": "Ceiling (true pairs)"}
+COLUMNS = {
+    "text_to_region/precision@25": "P@25",
+    "text_to_region/precision@100": "P@100",
+    "text_to_region/r_precision": "R-Prec",
+    "region_to_text/r_precision": "R-Prec",
+}
+
+
+def read_all(argv: Sequence[str]) -> dict[str, Any]:
+    """Each stage's arguments; an option goes to every stage that knows it.
+
+    Raises:
+        ValueError: no stage knows an option.
+    """
+    options = split_options(argv)
+    known = {stage: {entry.name for entry in fields(cls)} for stage, cls in ARGUMENTS.items()}
+    everywhere = {"config"}.union(*known.values())
+    if unknown := [
+        name for name, _ in options if name.removeprefix("no_") not in everywhere and name not in everywhere
+    ]:
+        raise ValueError(f"No stage has the options {unknown}; see training/stage0.py --help and its siblings.")
+    read = {}
+    for stage, cls in ARGUMENTS.items():
+        own = known[stage] | {"config"}
+        words = [word for name, chunk in options if name in own or name.removeprefix("no_") in own for word in chunk]
+        read[stage] = read_arguments(cls, stage, words)
+    return read
+
+
+def split_options(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Command-line words -> (option's name, its words)."""
+    options: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if word.startswith("--"):
+            options.append((word[2:].split("=")[0], [word]))
+        elif options:
+            options[-1][1].append(word)
+        else:
+            raise ValueError(f"Expected an option that begins with --, got {word!r}.")
+    return options
+
+
+def evaluate(args: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """Run the evaluations and pictures in their own processes; returns all metrics."""
+    common = ["--dataset", args["stage2"].dataset, "--dataset_kwargs", args["stage2"].dataset_kwargs]
+    folders = {"clip_ft_img": "stage0", "villa": "stage2", "ceiling": "ceiling"}
+    rule = args["map_regions"]
+    mapping = [
+        "--mapping_model",
+        str(run_dir / "stage1" / "model"),
+        "--epsilon",
+        str(rule.epsilon),
+        "--mode",
+        rule.mode,
+    ]
+    mapping += ["--exclusive_groups", str(rule.exclusive_groups)]
+    models = [f"{row}={run_dir / folder / 'model'}" for row, folder in folders.items()]
+    vlm = ["--vlm", str(run_dir / "stage0" / "model")]
+    script("retrieval.py", "--models", *models, *common, "--output", str(run_dir / "retrieval.json"))
+    script("mapping.py", *mapping, *vlm, *common, "--output", str(run_dir / "mapping.json"))
+    script("figures.py", "--run_dir", str(run_dir), *mapping, *common)
+    found = [json.loads((run_dir / name).read_text()) for name in ("retrieval.json", "mapping.json")]
+    runs = {"retrieval": found[0].pop("run"), "mapping": found[1].pop("run")}
+    return {**found[0], **found[1], "run": runs}
+
+
+def script(name: str, *words: str) -> None:
+    """Run a script of eval/; it never shares a process with training."""
+    subprocess.run([sys.executable, str(EVAL / name), *words], check=True)
+
+
+def table(metrics: dict[str, Any]) -> str:
+    """The rows of the paper's tables 3 and 5, for a terminal."""
+    lines = [
+        "",
+        f"{'':24s}{'text -> region':^24s}{'region -> text':>16s}",
+        f"{'':24s}" + "".join(f"{title:>8s}" for title in list(COLUMNS.values())[:3]) + f"{'R-Prec':>16s}",
+    ]
+    for row, title in ROWS.items():
+        values = [metrics[f"{row}/{key}"] for key in COLUMNS]
+        lines.append(f"{title:24s}" + "".join(f"{value:8.1f}" for value in values[:3]) + f"{values[3]:16.1f}")
+    lines += ["", f"{'mapping of attributes':24s}{'precision':>10s}{'recall':>8s}{'F1':>8s}"]
+    for row, title in {"random/": "Random", "vlm_zs/": "VLM-ZS (Stage 0)", "": "ViLLA (Stage 1)"}.items():
+        values = [metrics[f"{row}mapping/{key}"] for key in ("precision", "recall", "f1")]
+        lines.append(f"{title:24s}{values[0]:10.1f}{values[1]:8.1f}{values[2]:8.1f}")
+    return "\n".join([*lines, "", ""])
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run what is missing, then evaluate and show."""
+    began = time.time()
+    args = read_all(argv)
+    run_dir = Path(args["stage2"].run_dir)
+    stage0.run(args["stage0"])
+    if args["stage1"].encoder == "frozen":
+        embed_regions.run(args["embed_regions"])
+    stage1.run(args["stage1"])
+    map_regions.run(args["map_regions"])
+    stage2.run(args["stage2"])
+    stage2.run(replace(args["stage2"], supervision="labels", output_dir=str(run_dir / "ceiling")))
+    if start().is_main_process:
+        metrics = evaluate(args, run_dir)
+        metrics["run"]["pipeline_seconds"] = round(time.time() - began)
+        (run_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        sys.stdout.write(table(metrics))
+        sys.stdout.write(f"{run_dir}: metrics.json, curves.png, regions.png; {time.time() - began:.0f} s\n")
+    start().wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

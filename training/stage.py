@@ -1,0 +1,49 @@
+"""What the stages do alike: read the corpus, find the device, hand on a model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from arguments import StageArguments
+from artifacts import fingerprint_of_strings, write_folder, write_meta
+from datasets_scripts.loading import load_split
+from datasets_scripts.schema import attribute_names
+from modeling_villa import VillaProcessor
+
+
+def start() -> PartialState:
+    """The processes of this run; without an accelerator they use the CPU."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def load_splits(args: StageArguments) -> dict[str, Dataset]:
+    """The checked train and validation splits; the main process generates them, the others read its cache."""
+    with start().main_process_first():
+        return {
+            split: load_split(args.dataset, json.loads(args.dataset_kwargs), split, args.strict, args.num_proc)
+            for split in ("train", "validation")
+        }
+
+
+def fingerprints(splits: dict[str, Dataset]) -> dict[str, str]:
+    """What an artifact made from these splits depends on: the vocabulary and each split's images."""
+    prints = {f"{split}_split": fingerprint_of_strings(data["image_id"]) for split, data in splits.items()}
+    return {"vocabulary": fingerprint_of_strings(attribute_names(splits["train"])), **prints}
+
+
+def save_model(folder: Path, model: PreTrainedModel, processor: VillaProcessor, meta: dict[str, Any]) -> None:
+    """Write a stage's model, its processor and what it was made from, from the main process."""
+
+    def write(aside: Path) -> None:
+        model.save_pretrained(aside)
+        processor.save_pretrained(aside)
+        write_meta(aside, meta)
+
+    if start().is_main_process:
+        write_folder(folder, write)
+    start().wait_for_everyone()

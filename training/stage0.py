@@ -1,0 +1,124 @@
+"""Stage 0: a one-to-one VLM of the corpus, image against whole text. Its result is the baseline CLIP-FT-Img.
+
+accelerate launch training/stage0.py --config training/configs/quickstart.yaml
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import set_seed
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from arguments import TrainingArguments, read_arguments
+from artifacts import is_finished
+from datasets_scripts.loading import Collator
+from datasets_scripts.schema import attribute_names
+from gather import gather_with_gradient
+from loop import Objective, identity, make_accelerator, train
+from modeling_villa import VillaClipConfig, VillaClipModel, VillaImageProcessor, VillaProcessor
+from modeling_villa.losses_villa import clip_contrastive_loss
+from stage import fingerprints, load_splits, save_model
+from texts import tokenize, train_tokenizer
+
+STAGE = "stage0"
+
+
+@dataclass
+class Stage0Arguments(TrainingArguments):
+    """Stage 0: start from a VLM (`--vlm`), or make one from scratch with the fields below it."""
+
+    vlm: str | None = field(default=None, metadata={"help": "folder or Hub id of a VillaClipModel to start from"})
+    backbone: str = field(default="resnet18", metadata={"help": "stage-wise convolutional timm model"})
+    backbone_kwargs: str = field(default="{}", metadata={"help": "JSON: further arguments of timm.create_model"})
+    region_stage: int = field(default=-2, metadata={"help": "stage whose feature map regions are cut from"})
+    roi_size: int = field(default=14, metadata={"help": "side of RoIAlign's output in cells of that map"})
+    image_size: int = field(default=224, metadata={"help": "side of the resized images in pixels"})
+    projection_dim: int = field(default=256, metadata={"help": "width of the embeddings"})
+    text_width: int = field(default=128, metadata={"help": "width of the text tower"})
+    text_layers: int = field(default=2, metadata={"help": "layers of the text tower"})
+    vocab_size: int = field(default=1000, metadata={"help": "tokens of the tokenizer made from the corpus, at most"})
+    max_text_length: int = field(default=192, metadata={"help": "tokens to which texts are cut"})
+    temperature: float = field(default=0.07, metadata={"help": "tau of the contrastive loss"})
+    learn_temperature: bool = field(default=False, metadata={"help": "train tau too"})
+    freeze_text: bool = field(default=False, metadata={"help": "leave the text tower as it is (the paper)"})
+
+
+class ImageTextObjective(Objective):
+    """Whole images against whole texts, bidirectional InfoNCE over all processes' batches."""
+
+    def __init__(self, model: VillaClipModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        images = normalize(self.model.vision_model(batch["pixel_values"]).image_embeds, dim=-1)
+        texts = self.model.get_text_features(batch["input_ids"], batch["attention_mask"])
+        images, texts = gather_with_gradient(images), gather_with_gradient(texts)
+        return clip_contrastive_loss(images, texts, self.model.logit_scale.exp())
+
+
+class ImageTextCollator(Collator):
+    """Adds the tokens of the whole texts."""
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().__call__(examples)
+        return {**batch, **tokenize(self.processor.tokenizer, batch["text"])}
+
+
+def build_vlm(args: Stage0Arguments, dataset: Dataset) -> tuple[VillaClipModel, VillaProcessor]:
+    """The VLM that Stage 0 starts from, with its processor."""
+    if args.vlm:
+        return VillaClipModel.from_pretrained(args.vlm), VillaProcessor.from_pretrained(args.vlm)
+    tokenizer = train_tokenizer(dataset["text"], args.vocab_size, args.max_text_length)
+    config = VillaClipConfig(
+        vision_config={
+            "backbone": args.backbone,
+            "backbone_kwargs": json.loads(args.backbone_kwargs),
+            "region_stage": args.region_stage,
+            "roi_size": args.roi_size,
+            "image_size": args.image_size,
+            "projection_dim": args.projection_dim,
+        },
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": args.text_width,
+            "intermediate_size": 4 * args.text_width,
+            "num_hidden_layers": args.text_layers,
+            "num_attention_heads": max(1, args.text_width // 64),
+            "max_position_embeddings": args.max_text_length,
+            "hidden_act": "gelu",
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        temperature=args.temperature,
+    )
+    image_processor = VillaImageProcessor(size={"height": args.image_size, "width": args.image_size})
+    return VillaClipModel(config), VillaProcessor(image_processor=image_processor, tokenizer=tokenizer)
+
+
+def run(args: Stage0Arguments) -> Path:
+    """Train the VLM; returns the folder of the finished model."""
+    output_dir = Path(args.output_dir or args.folder(STAGE))
+    accelerator = make_accelerator(args, output_dir)
+    splits = load_splits(args)
+    made_from = fingerprints(splits)
+    meta = {"stage": STAGE, **identity(args), **made_from}
+    if is_finished(output_dir / "model", meta, args.resume):
+        return output_dir / "model"
+    set_seed(args.seed)
+    model, processor = build_vlm(args, splits["train"])
+    model.text_model.requires_grad_(not args.freeze_text)
+    model.logit_scale.requires_grad_(args.learn_temperature)
+    collate = ImageTextCollator(processor, len(attribute_names(splits["train"])))
+    model = train(accelerator, ImageTextObjective(model), splits, collate, args, output_dir, made_from)
+    save_model(output_dir / "model", model, processor, meta)
+    return output_dir / "model"
+
+
+if __name__ == "__main__":
+    run(read_arguments(Stage0Arguments, STAGE))

@@ -1,0 +1,157 @@
+"""Stage 2: the one-to-one VLM, trained on image-text pairs and region-attribute pairs together.
+
+accelerate launch training/stage2.py --config training/configs/quickstart.yaml
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from datasets import Dataset, concatenate_datasets, load_from_disk
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from arguments import TrainingArguments, read_arguments
+from artifacts import check_made_for, fingerprint_of_model, is_finished, read_meta
+from datasets_scripts.loading import Collator
+from datasets_scripts.schema import attribute_names, attribute_prompts
+from gather import gather_with_gradient
+from loop import Objective, identity, make_accelerator, train
+from modeling_villa import VillaClipModel, VillaMappingModel, VillaProcessor
+from modeling_villa.losses_villa import clip_contrastive_loss
+from stage import fingerprints, load_splits, save_model
+from texts import FrozenTexts, RegionTexts, tokenize
+
+STAGE = "stage2"
+PAIRS = "assigned_attributes"
+
+
+@dataclass
+class Stage2Arguments(TrainingArguments):
+    """Stage 2: a VLM, the pairs, and how a region's text is made."""
+
+    vlm: str | None = field(
+        default=None, metadata={"help": "VillaClipModel to start from; default RUN_DIR/stage0/model"}
+    )
+    image_tower: str = field(
+        default="vlm",
+        metadata={"help": "the VLM's, or the mapping model's, which was trained", "choices": ["vlm", "mapping_model"]},
+    )
+    mapping_model: str | None = field(default=None, metadata={"help": "default RUN_DIR/stage1/model"})
+    supervision: str = field(
+        default="pairs",
+        metadata={"help": "pairs, or labels: the true pairs, the ceiling", "choices": ["pairs", "labels"]},
+    )
+    pairs: str | None = field(default=None, metadata={"help": "pairs dataset; default RUN_DIR/map_regions"})
+    region_text: str = field(
+        default="sentences", metadata={"help": "sentences or prompts", "choices": ["sentences", "prompts"]}
+    )
+    freeze_text: bool = field(default=False, metadata={"help": "leave the text tower as it is (the paper)"})
+    learn_temperature: bool = field(default=False, metadata={"help": "train tau too"})
+
+
+class RegionTextObjective(Objective):
+    """Regions against the texts of their attributes, and whole images, one more region each, against whole texts."""
+
+    def __init__(self, model: VillaClipModel, frozen_texts: FrozenTexts | None) -> None:
+        super().__init__()
+        self.model = model
+        self.frozen_texts = frozen_texts
+
+    def embed_texts(self, batch: dict[str, Any], name: str) -> Tensor:
+        """(T, d) normalised embeddings of a list of texts in the batch."""
+        if self.frozen_texts is not None:
+            return self.frozen_texts(batch[name])
+        return self.model.get_text_features(**batch[f"{name}_tokens"])
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        vision = self.model.vision_model(batch["pixel_values"], batch["boxes"], batch["region_mask"])
+        image, region = batch["paired_regions"].unbind(1)
+        visual = torch.cat([vision.region_embeds[image, region], vision.image_embeds])
+        texts = self.embed_texts(batch, "text")
+        if len(image):
+            texts = torch.cat([batch["sentence_weights"] @ self.embed_texts(batch, "region_sentences"), texts])
+        visual = gather_with_gradient(normalize(visual, dim=-1))
+        texts = gather_with_gradient(normalize(texts, dim=-1))
+        return clip_contrastive_loss(visual, texts, self.model.logit_scale.exp())
+
+
+class RegionTextCollator(Collator):
+    """Adds the regions' texts, and the tokens of all texts where the text tower is trained."""
+
+    def __init__(self, processor: Any, num_attributes: int, column: str, texts: RegionTexts, tokens: bool) -> None:
+        super().__init__(processor, num_attributes)
+        self.column, self.texts, self.tokens = column, texts, tokens
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().__call__(examples)
+        sentences, weights, where = self.texts(examples, batch.pop(self.column))
+        batch |= {"region_sentences": sentences, "sentence_weights": weights, "paired_regions": where}
+        if self.tokens:
+            tokenizer = self.processor.tokenizer
+            batch["text_tokens"] = dict(tokenize(tokenizer, batch["text"]))
+            if sentences:
+                batch["region_sentences_tokens"] = dict(tokenize(tokenizer, sentences))
+        return batch
+
+
+def read_pairs(folder: Path, splits: dict[str, Dataset]) -> dict[str, Dataset]:
+    """The splits with the column of assigned attributes.
+
+    Raises:
+        ValueError: there are no pairs, they were made from another vocabulary or split, or no region has an
+            attribute.
+    """
+    check_made_for(read_meta(folder, "map_regions"), folder, **fingerprints(splits))
+    pairs = load_from_disk(str(folder))
+    if not any(attributes for regions in pairs["train"][PAIRS] for attributes in regions):
+        raise ValueError(f"{folder} assigns no attribute to any region of the train split.")
+    return {
+        split: concatenate_datasets([data, pairs[split].remove_columns("image_id")], axis=1)
+        for split, data in splits.items()
+    }
+
+
+def run(args: Stage2Arguments) -> Path:
+    """Train the VLM; returns the folder of the finished model."""
+    output_dir = Path(args.output_dir or args.folder(STAGE))
+    vlm_dir = Path(args.vlm or args.folder("stage0") / "model")
+    accelerator = make_accelerator(args, output_dir)
+    splits = load_splits(args)
+    made_from = {**fingerprints(splits), "model": fingerprint_of_model(vlm_dir)}
+    column = "region_attributes"
+    if args.supervision == "pairs":
+        folder, column = Path(args.pairs or args.folder("map_regions")), PAIRS
+        splits = read_pairs(folder, splits)
+        made_from["mapping_model"] = read_meta(folder, "map_regions")["model"]
+    mapping_dir = Path(args.mapping_model or args.folder("stage1") / "model")
+    if args.image_tower == "mapping_model":
+        made_from["image_tower"] = fingerprint_of_model(mapping_dir)
+    meta = {"stage": STAGE, **identity(args), **made_from}
+    if is_finished(output_dir / "model", meta, args.resume):
+        return output_dir / "model"
+    names, prompts = attribute_names(splits["train"]), attribute_prompts(splits["train"])
+    set_seed(args.seed)
+    model, processor = VillaClipModel.from_pretrained(vlm_dir), VillaProcessor.from_pretrained(vlm_dir)
+    if args.image_tower == "mapping_model":
+        mapping_model = VillaMappingModel.from_pretrained(mapping_dir)
+        model.vision_model.load_state_dict(mapping_model.vlm.vision_model.state_dict())
+    model.text_model.requires_grad_(not args.freeze_text)
+    model.logit_scale.requires_grad_(args.learn_temperature)
+    frozen = None
+    if args.freeze_text:
+        model.to(accelerator.device).eval()
+        corpus = [text for split in splits.values() for text in split["text"]]
+        corpus += [sentence for split in splits.values() for sentences in split["sentences"] for sentence in sentences]
+        frozen = FrozenTexts(model, processor.tokenizer, corpus + [s for name in names for s in prompts[name]])
+    texts = RegionTexts([prompts[name] for name in names], args.region_text)
+    collate = RegionTextCollator(processor, len(names), column, texts, tokens=frozen is None)
+    model = train(accelerator, RegionTextObjective(model, frozen), splits, collate, args, output_dir, made_from)
+    save_model(output_dir / "model", model, processor, meta)
+    return output_dir / "model"
+
+
+if __name__ == "__main__":
+    run(read_arguments(Stage2Arguments, STAGE))
