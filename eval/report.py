@@ -57,7 +57,7 @@ def batches(dataset: Dataset, processor: VillaProcessor, batch_size: int, device
 
 def device() -> torch.device:
     """The accelerator of this machine, or its CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def write_metrics(args: EvaluationArguments, metrics: dict[str, float], start: float) -> None:

@@ -18,8 +18,9 @@ class VillaVisionConfig(PreTrainedConfig):
         roi_size: side of the square that RoIAlign makes of every box, in cells of the feature map, > 0. The
             paper's 14 on the stride-16 map of RN50.
         projection_dim: width d of the image and region embeddings, > 0.
-        image_size: side in pixels to which the processor brings the images; a backbone with an attention pool
-            has position embeddings of this size.
+        image_size: side in pixels to which the processor brings the images. The backbone does not read it: one
+            with an attention pool (resnet50_clip) resamples the position embeddings of its 7 x 7 cells for other
+            sizes, or gets others from the start with `backbone_kwargs={"img_size": ...}`.
         num_channels: channels of the images.
 
     Raises:
@@ -121,8 +122,11 @@ class VillaMappingConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.vlm_config, PreTrainedConfig):
             self.vlm_config = VillaClipConfig(**(self.vlm_config or {}))
-        self.attributes = list(self.attributes)
-        self.attribute_groups = {name: list(group) for name, group in self.attribute_groups.items()}
+        given: Any = self.attributes
+        if isinstance(given, str):
+            raise ValueError(f"attributes must be a list of names, got the string {given!r}.")
+        self.attributes = ["attribute"] if given is None else list(given)
+        self.attribute_groups = {name: list(group) for name, group in (self.attribute_groups or {}).items()}
         if self.num_heads is None:
             self.num_heads = len(self.attributes)
         self._check(self.num_heads)

@@ -66,7 +66,7 @@ class VillaProjectionHeads(nn.Module):
         hidden = torch.baddbmm(self.bias_in, inputs, self.weight_in).relu()
         outputs = torch.baddbmm(self.bias_out, hidden, self.weight_out)
         if self.residual:
-            outputs = torch.lerp(outputs, inputs, self.residual)
+            outputs = torch.lerp(outputs, inputs.to(outputs.dtype), self.residual)
         return normalize(outputs, dim=-1)
 
     def slots(self) -> tuple[Tensor, Tensor]:
@@ -125,7 +125,8 @@ class VillaMappingModel(PreTrainedModel):
         super().__init__(config)
         self.vlm = VillaClipModel._from_config(config.vlm_config)
         dim, num_attributes = config.vlm_config.projection_dim, len(config.attributes)
-        self.projection_heads = VillaProjectionHeads(config.num_heads or num_attributes, dim, num_attributes, config.residual)
+        num_heads = config.num_heads or num_attributes
+        self.projection_heads = VillaProjectionHeads(num_heads, dim, num_attributes, config.residual)
         self.register_buffer("attribute_embeds", torch.zeros(num_attributes, dim))
         self.post_init()
 
@@ -209,10 +210,11 @@ class VillaMappingModel(PreTrainedModel):
         if labels is not None or return_maxima:
             winners = scores.masked_fill(~region_mask[..., None], -torch.inf).argmax(1)
             chosen = region_embeds.gather(1, winners[..., None].expand(-1, -1, region_embeds.shape[-1]))
-            output.maxima = self.projection_heads.score_each(chosen, self.attribute_embeds)
-        if labels is not None:
-            has_region = region_mask.any(1, keepdim=True)
-            output.loss = mapping_contrastive_loss(output.maxima[:, None], has_region, labels, self.config.temperature)
+            maxima = self.projection_heads.score_each(chosen, self.attribute_embeds)
+            output.maxima = maxima
+            if labels is not None:
+                has_region = region_mask.any(1, keepdim=True)
+                output.loss = mapping_contrastive_loss(maxima[:, None], has_region, labels, self.config.temperature)
         return output
 
     def score_regions(self, region_embeds: Tensor, region_mask: Tensor) -> Tensor:

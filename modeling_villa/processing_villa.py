@@ -102,7 +102,10 @@ def scale_boxes(
     for i, (image_boxes, (width, height)) in enumerate(zip(boxes, sizes, strict=True)):
         if len(image_boxes) == 0:
             continue
-        given = torch.as_tensor(np.asarray(image_boxes, dtype=np.float32))
+        try:
+            given = torch.as_tensor(np.asarray(image_boxes, dtype=np.float32))
+        except ValueError as error:  # ragged, or not numbers
+            raise ValueError(f"boxes of image {i} must be a list of x0, y0, x1, y1; got {image_boxes}.") from error
         if given.dim() != 2 or given.shape[1] != 4:
             raise ValueError(f"boxes of image {i} must be a list of x0, y0, x1, y1; got shape {tuple(given.shape)}.")
         _check_inside(given, width, height, i)

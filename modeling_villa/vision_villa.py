@@ -41,11 +41,12 @@ def split_backbone(backbone: nn.Module, region_stage: int) -> tuple[list[str], l
     strides = [stage["reduction"] for stage in info]
     children = dict(backbone.named_children())
     stage_wise = len(info) > 1 and strides == sorted(set(strides)) and getattr(backbone, "output_fmt", "NCHW") == "NCHW"
+    not_stage_wise = ValueError(
+        f"{type(backbone).__name__} is not a stage-wise convolutional backbone (feature strides {strides}); "
+        "choose one such as resnet50_clip, resnet18, convnext_atto, regnetx_002 or efficientnet_b0."
+    )
     if not stage_wise or not any(name in children for name in _HEAD_CHILDREN):
-        raise ValueError(
-            f"{type(backbone).__name__} is not a stage-wise convolutional backbone (feature strides {strides}); "
-            "choose one such as resnet50_clip, resnet18, convnext_atto, regnetx_002 or efficientnet_b0."
-        )
+        raise not_stage_wise
     if not -len(info) <= region_stage < len(info) - 1 or region_stage == -1:
         raise ValueError(f"region_stage must be a stage before the last of {len(info)}, got {region_stage}.")
     cut = info[region_stage]["module"]
@@ -53,9 +54,13 @@ def split_backbone(backbone: nn.Module, region_stage: int) -> tuple[list[str], l
     for name, child in children.items():
         if name in _HEAD_CHILDREN:
             break
+        if isinstance(child, nn.ModuleList):  # not a chain: parallel branches
+            raise not_stage_wise
         inside = cut.startswith(f"{name}.") and isinstance(child, nn.Sequential)
         steps += [f"{name}.{step}" for step, _ in child.named_children()] if inside else [name]
-    at = next(i for i, step in enumerate(steps) if step == cut or cut.startswith(f"{step}.")) + 1
+    at = next((i for i, step in enumerate(steps, 1) if step == cut or cut.startswith(f"{step}.")), None)
+    if at is None:
+        raise not_stage_wise
     return steps[:at], steps[at:], strides[region_stage]
 
 
@@ -85,7 +90,7 @@ class VillaVisionModel(PreTrainedModel):
         self._trunk, self._region_head, self.stride = split_backbone(self.backbone, config.region_stage)
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         """timm has initialised its modules already; only what no checkpoint holds is filled in after loading."""
         if getattr(module, "initialised_by_timm", False):
             if hasattr(module, "init_non_persistent_buffers"):
@@ -116,8 +121,11 @@ class VillaVisionModel(PreTrainedModel):
         embeds = feature_map.new_zeros(*region_mask.shape, self.config.projection_dim)
         if image_index.numel() == 0:
             return embeds
-        rois = torch.cat([image_index[:, None].to(feature_map), boxes[image_index, region_index].to(feature_map)], 1)
-        crops = roi_align(feature_map, rois, self.config.roi_size, 1 / self.stride, sampling_ratio=0, aligned=True)
+        # Half precision has no room for pixels, nor for image numbers, above 256 (bfloat16) or 2048 (float16).
+        maps = feature_map.to(torch.promote_types(feature_map.dtype, torch.float32))
+        rois = torch.cat([image_index[:, None].to(maps), boxes[image_index, region_index].to(maps)], 1)
+        crops = roi_align(maps, rois, self.config.roi_size, 1 / self.stride, sampling_ratio=0, aligned=True)
+        crops = crops.to(feature_map.dtype)
         return embeds.index_put((image_index, region_index), self.embed_images(crops).to(embeds.dtype))
 
     def forward(

@@ -37,9 +37,7 @@ def slow_clip_loss(image_embeds, text_embeds, logit_scale, targets=None):
     texts = 0
     for i in range(count):
         total = sum(torch.exp(logits[i][j]) for j in range(count))
-        to_text = to_text - sum(
-            targets[i, j] * torch.log(torch.exp(logits[i][j]) / total) for j in range(count)
-        )
+        to_text = to_text - sum(targets[i, j] * torch.log(torch.exp(logits[i][j]) / total) for j in range(count))
     for j in range(count):
         column = sum(targets[i, j] for i in range(count))
         if column > 0:
@@ -160,9 +158,7 @@ class TestMappingLoss:
         scores, mask, labels = batch()
         assert not mask.all()
         dirty = scores.masked_fill(~mask.unsqueeze(-1), torch.nan)
-        clean_value, (clean,) = value_and_gradients(
-            lambda s: mapping_contrastive_loss(s, mask, labels), scores
-        )
+        clean_value, (clean,) = value_and_gradients(lambda s: mapping_contrastive_loss(s, mask, labels), scores)
         value, (gradient,) = value_and_gradients(lambda s: mapping_contrastive_loss(s, mask, labels), dirty)
         assert torch.equal(value, clean_value)
         assert torch.equal(gradient, clean)
@@ -198,9 +194,7 @@ class TestMappingLoss:
 
     def test_gradcheck(self):
         scores, mask, labels = batch(images=3, regions=2, attributes=3)
-        assert torch.autograd.gradcheck(
-            lambda s: mapping_contrastive_loss(s, mask, labels), scores.requires_grad_()
-        )
+        assert torch.autograd.gradcheck(lambda s: mapping_contrastive_loss(s, mask, labels), scores.requires_grad_())
 
     def test_bad_input(self):
         scores, mask, labels = batch(dtype=torch.float32)
@@ -224,9 +218,7 @@ class TestClipLoss:
     @pytest.mark.parametrize("scale", [1.0, 1 / 0.07])
     def test_equals_the_loop(self, count, scale):
         image_embeds, text_embeds = embeddings(count=count)
-        assert_same_loss(
-            clip_contrastive_loss, slow_clip_loss, image_embeds, text_embeds, torch.tensor(scale).double()
-        )
+        assert_same_loss(clip_contrastive_loss, slow_clip_loss, image_embeds, text_embeds, torch.tensor(scale).double())
 
     @pytest.mark.parametrize("ids", [[0, 1, 0, 2, 2, 2], [5, 5, 5, 5, 5, 5], [0, 1, 2, 3, 4, 5]])
     def test_equals_the_loop_with_identical_texts(self, ids):
@@ -259,9 +251,7 @@ class TestClipLoss:
         expected = clip_contrastive_loss(image_embeds, text_embeds, 14.3)
         order = torch.randperm(6)
         torch.testing.assert_close(clip_contrastive_loss(text_embeds, image_embeds, 14.3), expected)
-        torch.testing.assert_close(
-            clip_contrastive_loss(image_embeds[order], text_embeds[order], 14.3), expected
-        )
+        torch.testing.assert_close(clip_contrastive_loss(image_embeds[order], text_embeds[order], 14.3), expected)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision_and_autocast_are_computed_in_float32(self, dtype):

@@ -61,12 +61,8 @@ def problem(seed=0, regions=150, attributes=9, levels=None, share=0.3):
 def test_retrieval_equals_the_loop(regions, levels):
     for seed in range(2):
         scores, relevance = problem(seed, regions, levels=levels)
-        assert text_to_region_retrieval(scores, relevance) == pytest.approx(
-            slow_text_to_region(scores, relevance)
-        )
-        assert region_to_text_retrieval(scores, relevance) == pytest.approx(
-            slow_region_to_text(scores, relevance)
-        )
+        assert text_to_region_retrieval(scores, relevance) == pytest.approx(slow_text_to_region(scores, relevance))
+        assert region_to_text_retrieval(scores, relevance) == pytest.approx(slow_region_to_text(scores, relevance))
 
 
 @pytest.mark.parametrize("chunk", [1, 100, 1000])
@@ -102,9 +98,7 @@ def test_perfect_reversed_and_tied():
 
 
 def test_all_attributes_and_minus_infinity():
-    assert region_to_text_retrieval(torch.rand(3, 4), torch.ones(3, 4, dtype=torch.bool)) == {
-        "r_precision": 100
-    }
+    assert region_to_text_retrieval(torch.rand(3, 4), torch.ones(3, 4, dtype=torch.bool)) == {"r_precision": 100}
     scores, relevance = torch.tensor([[0.0, -math.inf]]), torch.tensor([[True, False]])
     assert region_to_text_retrieval(scores, relevance) == {"r_precision": 100}
 

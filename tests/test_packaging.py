@@ -103,9 +103,7 @@ def test_model_files_stay_flat_and_import_siblings_by_name(path):
 def test_model_files_import_what_remote_code_may(path):
     if path.name.startswith("convert_"):
         pytest.skip("run by hand, never pushed")
-    found = {
-        module.split(".")[0] for level, module, _ in imports(parse(path), skip_guarded=True) if level == 0
-    }
+    found = {module.split(".")[0] for level, module, _ in imports(parse(path), skip_guarded=True) if level == 0}
     assert found <= REMOTE_CODE_MAY_IMPORT | sys.stdlib_module_names
 
 

@@ -106,6 +106,8 @@ def read_arguments(cls: type[Arguments], section: str, argv: Sequence[str] | Non
 def from_yaml(cls: type[StageArguments], section: str, path: str) -> list[str]:
     """The YAML's values for one stage, as command-line words, so that they are checked like those."""
     own = read_config(path).get(section) or {}
+    if not isinstance(own, dict):
+        raise ValueError(f"{path}: section {section!r} must be a mapping of fields, got {own!r}.")
     shared = {key: value for key, value in read_config(path).items() if key not in SECTIONS}
     known = {entry.name for entry in fields(cls)}
     if unknown := sorted(set(own) - known):

@@ -39,8 +39,17 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
                 str(folder),
             ) from error
         raise
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_folder(folder)
     aside.rename(folder)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, under another name: who is killed here leaves no half of it where it would be picked up."""
+    removed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    if folder.exists():
+        folder.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:
@@ -113,15 +122,18 @@ def fingerprint_of_strings(strings: Iterable[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def fingerprint_of_model(folder: Path) -> str:
+def fingerprint_of_model(folder: Path, made_by: str) -> str:
     """A short hash of a model's weights and configuration on disk.
 
     Raises:
-        ValueError: there are no safetensors weights in the folder.
+        ValueError: there are no safetensors weights in the folder; the message says which stage makes them.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{folder} holds no model: no *.safetensors file is there.")
+        raise ValueError(
+            f"{folder} holds no model (no *.safetensors file); run training/{made_by}.py first, or name the folder of "
+            f"a model with --{'mapping_model' if made_by == 'stage1' else 'vlm'}."
+        )
     digest = hashlib.sha256()
     for path in [folder / "config.json", *files]:
         with path.open("rb") as file:

@@ -84,7 +84,7 @@ def run(args: EmbedRegionsArguments) -> Path:
     output_dir = Path(args.output_dir or args.folder(STAGE))
     vlm_dir = Path(args.vlm or args.folder("stage0") / "model")
     splits = load_splits(args)
-    meta = {"stage": STAGE, "model": fingerprint_of_model(vlm_dir), **fingerprints(splits)}
+    meta = {"stage": STAGE, "model": fingerprint_of_model(vlm_dir, "stage0"), **fingerprints(splits)}
     with start().main_process_first():
         if not is_finished(output_dir, meta, args.resume or not start().is_main_process):
             build(args, output_dir, vlm_dir, splits, meta)

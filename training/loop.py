@@ -3,15 +3,16 @@
 import json
 import logging
 import math
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from arguments import TrainingArguments
-from artifacts import check_same, write_folder
+from artifacts import check_same, remove_folder, write_folder
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,9 @@ class Progress:
 
 def make_accelerator(args: TrainingArguments, output_dir: Path) -> Accelerator:
     """The Accelerator of a stage; without an accelerator device it runs on the CPU, in many processes too."""
+    # Accelerate keeps the precision of a process's first Accelerator and refuses another; the stages of a pipeline
+    # share a process, and each has its own. The processes themselves (PartialState) stay as they are.
+    AcceleratorState._reset_state()
     return Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=args.mixed_precision,
@@ -108,7 +112,10 @@ def train(
     schedule = get_cosine_schedule_with_warmup(optimizer, int(args.warmup_ratio * total), total)
     checkpoints = Checkpoints(output_dir, {**identity(args), **made_from}, args.keep_last)
     if not args.resume and accelerator.is_main_process:
-        shutil.rmtree(output_dir, ignore_errors=True)
+        # What this loop and its stage wrote, and nothing else: the folder may be the user's own.
+        for name in ("model", "checkpoints"):
+            remove_folder(output_dir / name)
+        (output_dir / "log.jsonl").unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     progress = checkpoints.load_newest(objective.model, optimizer, schedule, accelerator.scaler)
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
@@ -132,11 +139,12 @@ def train(
     objective.train()
     while progress.step < total and not _stopped(progress, args):
         losses, norm = [], math.nan
-        torch.manual_seed(
-            (args.seed * 1_000_003 + progress.step) * accelerator.num_processes + accelerator.process_index
-        )
-        for _ in range(args.gradient_accumulation_steps):
+        for part in range(args.gradient_accumulation_steps):
             batch = next(micro)
+            # After the batch has arrived: a loader takes random numbers when it starts, and a resumed run starts
+            # one in mid-epoch.
+            place = (args.seed * 1_000_003 + progress.step) * args.gradient_accumulation_steps + part
+            torch.manual_seed(place * accelerator.num_processes + accelerator.process_index)
             with accelerator.accumulate(wrapped):
                 loss = wrapped(send_to_device(batch, accelerator.device))
                 _check_finite("loss", loss.item(), progress.step, batch, checkpoints)
@@ -160,7 +168,8 @@ def train(
             batches
         ) < args.gradient_accumulation_steps
         if epoch_ends or progress.step == total:
-            value = validation_loss(accelerator, objective, splits["validation"], collate, args)
+            check = partial(_check_finite, "validation loss", step=progress.step, checkpoints=checkpoints)
+            value = validation_loss(accelerator, objective, splits["validation"], collate, args, check)
             log.write(progress.step, {"validation/loss": value})
             if accelerator.is_main_process and value < progress.best_loss and args.early_stopping_patience:
                 checkpoints.save_best(objective.model)
@@ -182,8 +191,13 @@ def validation_loss(
     dataset: Any,
     collate: Callable[..., Any],
     args: TrainingArguments,
+    check: Callable[..., None],
 ) -> float:
-    """Mean loss over the batches of a dataset, every process its share of each batch."""
+    """Mean loss over the batches of a dataset, every process its share of each batch.
+
+    Args:
+        check: called with the `value` of each batch's loss and the `batch`; raises if it is not finite.
+    """
     batches = Batches(len(dataset), args.batch_size, 0, accelerator.process_index, accelerator.num_processes)
     objective.eval()
     losses = []
@@ -191,6 +205,7 @@ def validation_loss(
         batch = collate([dataset[i] for i in indices])
         with accelerator.autocast():
             losses.append(objective(send_to_device(batch, accelerator.device)).item())
+        check(value=losses[-1], batch=batch)
     objective.train()
     return sum(losses) / len(losses)
 
@@ -255,7 +270,7 @@ class Checkpoints:
 
         write_folder(self.root / f"step-{progress.step:08d}", write)
         for old in self.all()[: -self.keep_last]:
-            shutil.rmtree(old)
+            remove_folder(old)
 
     def load_newest(self, model: nn.Module, optimizer: Any, schedule: Any, scaler: Any) -> Progress:
         """Put model and optimizer back where the newest checkpoint left them; without one, start at 0.
@@ -307,7 +322,9 @@ class Log:
 
     def close(self) -> None:
         """Let the tracker finish."""
-        self.accelerator.end_training()
+        # Not `end_training`: it ends the process group as well, which the stage still needs.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
 def _stopped(progress: Progress, args: TrainingArguments) -> bool:

@@ -92,7 +92,7 @@ def run(args: MapRegionsArguments) -> Path:
     splits = load_splits(args)
     meta = {
         "stage": STAGE,
-        "model": fingerprint_of_model(model_dir),
+        "model": fingerprint_of_model(model_dir, "stage1"),
         "epsilon": args.epsilon,
         "mode": args.mode,
         "exclusive_groups": args.exclusive_groups,

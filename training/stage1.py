@@ -85,7 +85,7 @@ def read_store(folder: Path, vlm: Path, splits: dict[str, Dataset]) -> dict[str,
         ValueError: there is no store, or it was made from another model, vocabulary or split.
     """
     meta = read_meta(folder, "embed_regions")
-    check_made_for(meta, folder, model=fingerprint_of_model(vlm), **fingerprints(splits))
+    check_made_for(meta, folder, model=fingerprint_of_model(vlm, "stage0"), **fingerprints(splits))
     store = load_from_disk(str(folder)).with_format("numpy", columns=["region_embeds"], output_all_columns=True)
     return {
         split: concatenate_datasets(
@@ -101,13 +101,15 @@ def run(args: Stage1Arguments) -> Path:
     vlm_dir = Path(args.vlm or args.folder("stage0") / "model")
     accelerator = make_accelerator(args, output_dir)
     splits = load_splits(args)
-    made_from = {**fingerprints(splits), "model": fingerprint_of_model(vlm_dir)}
+    made_from = {**fingerprints(splits), "model": fingerprint_of_model(vlm_dir, "stage0")}
     meta = {"stage": STAGE, **identity(args), **made_from}
     if is_finished(output_dir / "model", meta, args.resume):
         return output_dir / "model"
     names, prompts = attribute_names(splits["train"]), attribute_prompts(splits["train"])
     set_seed(args.seed)
     vlm, processor = VillaClipModel.from_pretrained(vlm_dir), VillaProcessor.from_pretrained(vlm_dir)
+    # Or the path of its folder on this machine would be saved, and pushed, in the new config.
+    vlm.config.name_or_path = ""
     config = VillaMappingConfig(
         vlm_config=vlm.config,
         attributes=names,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset, concatenate_datasets, load_from_disk
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from arguments import TrainingArguments, read_arguments
@@ -59,6 +59,14 @@ class RegionTextObjective(Objective):
         super().__init__()
         self.model = model
         self.frozen_texts = frozen_texts
+
+    def train(self, mode: bool = True) -> "RegionTextObjective":
+        """Batch normalisation keeps the statistics it has: whole images and regions would mix theirs."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
 
     def embed_texts(self, batch: dict[str, Any], name: str) -> Tensor:
         """(T, d) normalised embeddings of a list of texts in the batch."""
@@ -120,15 +128,20 @@ def run(args: Stage2Arguments) -> Path:
     vlm_dir = Path(args.vlm or args.folder("stage0") / "model")
     accelerator = make_accelerator(args, output_dir)
     splits = load_splits(args)
-    made_from = {**fingerprints(splits), "model": fingerprint_of_model(vlm_dir)}
+    made_from = {**fingerprints(splits), "model": fingerprint_of_model(vlm_dir, "stage0")}
     column = "region_attributes"
     if args.supervision == "pairs":
         folder, column = Path(args.pairs or args.folder("map_regions")), PAIRS
         splits = read_pairs(folder, splits)
         made_from["mapping_model"] = read_meta(folder, "map_regions")["model"]
+    elif column not in splits["train"].column_names:
+        raise ValueError(
+            f"--supervision labels needs the true pairs, but {args.dataset} has no column {column!r}; "
+            "use --supervision pairs, after training/map_regions.py."
+        )
     mapping_dir = Path(args.mapping_model or args.folder("stage1") / "model")
     if args.image_tower == "mapping_model":
-        made_from["image_tower"] = fingerprint_of_model(mapping_dir)
+        made_from["image_tower"] = fingerprint_of_model(mapping_dir, "stage1")
     meta = {"stage": STAGE, **identity(args), **made_from}
     if is_finished(output_dir / "model", meta, args.resume):
         return output_dir / "model"
