@@ -32,7 +32,13 @@ def load_split(
             raise ValueError(f"{name} has no split {split!r}; it has {sorted(splits)}.")
         dataset = splits[split]
     else:
-        dataset = load_dataset(name, split=split, num_proc=num_proc, **options)
+        try:
+            dataset = load_dataset(name, split=split, num_proc=num_proc, **options)
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"{error} Without the Hub, give a folder written by DatasetDict.save_to_disk, or docmnist with "
+                'digits="optdigits" or a folder with MNIST.'
+            ) from error
     check_columns(dataset)
     return usable(dataset, strict=strict, num_proc=num_proc)[0]
 
@@ -55,7 +61,7 @@ class Collator:
         self.num_attributes = num_attributes
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = {key: [example[key] for example in examples] for key in examples[0]}
+        batch: dict[str, Any] = {key: [example[key] for example in examples] for key in examples[0]}
         inputs = self.processor(images=batch.pop("image"), boxes=batch.pop("regions"), return_tensors="pt")
         batch.update(inputs)
         batch["labels"] = multi_hot(batch["attributes"], self.num_attributes)

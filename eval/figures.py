@@ -13,16 +13,16 @@ import matplotlib as mpl
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
-from transformers import HfArgumentParser
 
 from datasets_scripts.loading import Collator
 from datasets_scripts.schema import attribute_names
 from mapping import MappingArguments
 from modeling_villa import VillaMappingModel, VillaProcessor
 from modeling_villa.assignment_villa import assign_attributes
-from report import device
+from report import load_model, read_arguments
 
 mpl.use("Agg")
+CURVES: dict[str, dict[str, Any]] = {"loss": {"alpha": 0.5, "lw": 0.8}, "validation/loss": {"marker": "o", "ms": 3}}
 RIGHT, WRONG, MISSED = "#1a7f37", "#cf222e", "#8c959f"
 
 
@@ -42,7 +42,7 @@ def draw_curves(run_dir: Path) -> None:
     figure, axes = plt.subplots(1, len(logs), figsize=(4 * len(logs), 3), squeeze=False, layout="constrained")
     for axis, (stage, path) in zip(axes[0], logs.items(), strict=True):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        for key, style in {"loss": {"alpha": 0.5, "lw": 0.8}, "validation/loss": {"marker": "o", "ms": 3}}.items():
+        for key, style in CURVES.items():
             points = [(line["step"], line[key]) for line in lines if key in line]
             axis.plot(*zip(*points, strict=True), label=key.replace("/", " "), **style)
         axis.set(title=stage, xlabel="update", ylabel="loss")
@@ -94,7 +94,7 @@ def main(args: FigureArguments) -> None:
     run_dir = Path(args.run_dir)
     draw_curves(run_dir)
     dataset = args.load()
-    model = VillaMappingModel.from_pretrained(args.mapping_model).to(device()).eval()
+    model = load_model(VillaMappingModel, args.mapping_model)
     processor = VillaProcessor.from_pretrained(args.mapping_model)
     examples = [dataset[i] for i in range(min(args.num_images, len(dataset)))]
     batch = Collator(processor, len(attribute_names(dataset)))(examples)
@@ -107,4 +107,4 @@ def main(args: FigureArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(FigureArguments, allow_abbrev=False).parse_args_into_dataclasses()[0])
+    main(read_arguments(FigureArguments))

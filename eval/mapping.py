@@ -12,13 +12,12 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from transformers import HfArgumentParser
 
 from datasets_scripts.schema import attribute_names, attribute_prompts
 from modeling_villa import VillaClipModel, VillaMappingModel, VillaProcessor
 from modeling_villa.assignment_villa import assign_attributes
 from modeling_villa.metrics_villa import mapping_scores
-from report import EvaluationArguments, batches, device, write_metrics
+from report import EvaluationArguments, batches, load_model, read_arguments, write_metrics
 
 
 @dataclass
@@ -45,12 +44,14 @@ def main(args: MappingArguments) -> dict[str, float]:
         raise ValueError("--mapping_model names no model; give a folder or a Hub id.")
     dataset = args.load()
     names, prompts = attribute_names(dataset), attribute_prompts(dataset)
-    model = VillaMappingModel.from_pretrained(args.mapping_model).to(device()).eval()
+    model = load_model(VillaMappingModel, args.mapping_model)
     if model.config.attributes != names:
         raise ValueError(f"{args.mapping_model} maps {model.config.attributes}, the dataset has {names}.")
     processor = VillaProcessor.from_pretrained(args.mapping_model)
-    vlm = VillaClipModel.from_pretrained(args.vlm).to(device()).eval() if args.vlm else None
-    queries = vlm.embed_prompts([prompts[name] for name in names], processor.tokenizer) if vlm else None
+    vlm = load_model(VillaClipModel, args.vlm) if args.vlm else None
+    vlm_queries = torch.empty(0)
+    if vlm is not None:
+        vlm_queries = vlm.embed_prompts([prompts[name] for name in names], processor.tokenizer)
     groups = torch.tensor(model.config.group_ids, device=model.device) if args.exclusive_groups else None
     coin = torch.Generator().manual_seed(args.seed)
     true: list[torch.Tensor] = []
@@ -60,7 +61,7 @@ def main(args: MappingArguments) -> dict[str, float]:
         mask, labels = batch["region_mask"], batch["labels"]
         scores = {"": model(*inputs).scores}
         if vlm is not None:
-            scores["vlm_zs/"] = vlm.get_region_features(*inputs) @ queries.t()
+            scores["vlm_zs/"] = vlm.get_region_features(*inputs) @ vlm_queries.t()
         for name, values in scores.items():
             assigned = assign_attributes(values, mask, labels, args.epsilon, args.mode, groups=groups)
             predicted[name].append(assigned[mask].cpu())
@@ -77,4 +78,4 @@ def main(args: MappingArguments) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(MappingArguments, allow_abbrev=False).parse_args_into_dataclasses()[0])
+    main(read_arguments(MappingArguments))

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import HfArgumentParser
 
 from datasets_scripts.loading import Collator, load_split, region_labels
 from datasets_scripts.schema import attribute_names
@@ -44,6 +45,16 @@ class EvaluationArguments:
         if "region_attributes" not in dataset.column_names:
             raise ValueError(f"{self.dataset} has no column 'region_attributes', the true pairs: nothing to measure.")
         return dataset
+
+
+def read_arguments(cls: Any) -> Any:
+    """An evaluation's arguments, from the command line."""
+    return HfArgumentParser(cls, allow_abbrev=False).parse_args_into_dataclasses()[0]
+
+
+def load_model(cls: Any, path: str) -> Any:
+    """A model from a folder or the Hub, on this machine's device, for evaluation."""
+    return cls.from_pretrained(path).to(device()).eval()
 
 
 def batches(dataset: Dataset, processor: VillaProcessor, batch_size: int, device: torch.device) -> Any:

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import HfArgumentParser
 
 from datasets_scripts.schema import attribute_names, attribute_prompts
 from modeling_villa import VillaClipModel, VillaProcessor
 from modeling_villa.metrics_villa import region_to_text_retrieval, text_to_region_retrieval
-from report import EvaluationArguments, batches, device, write_metrics
+from report import EvaluationArguments, batches, load_model, read_arguments, write_metrics
 
 
 @dataclass
@@ -70,7 +69,7 @@ def main(args: RetrievalArguments) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for entry in args.models:
         name, _, path = entry.rpartition("=")
-        model = VillaClipModel.from_pretrained(path).to(device()).eval()
+        model = load_model(VillaClipModel, path)
         scores, relevance = score_regions(model, VillaProcessor.from_pretrained(path), dataset, args.batch_size)
         prefix = f"{name}/" if name else ""
         metrics |= {prefix + key: value for key, value in retrieval_metrics(scores, relevance).items()}
@@ -79,4 +78,4 @@ def main(args: RetrievalArguments) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(RetrievalArguments, allow_abbrev=False).parse_args_into_dataclasses()[0])
+    main(read_arguments(RetrievalArguments))

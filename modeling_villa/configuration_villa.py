@@ -18,6 +18,9 @@ class VillaVisionConfig(PreTrainedConfig):
         roi_size: side of the square that RoIAlign makes of every box, in cells of the feature map, > 0. The
             paper's 14 on the stride-16 map of RN50.
         projection_dim: width d of the image and region embeddings, > 0.
+        projector_width: width of the hidden layer of an MLP (LayerNorm, linear, ReLU, linear) behind the backbone's
+            own projection; 0, as in CLIP, for none. A small backbone needs it to bring a region near all of its
+            attributes at once.
         image_size: side in pixels to which the processor brings the images. The backbone does not read it: one
             with an attention pool (resnet50_clip) resamples the position embeddings of its 7 x 7 cells for other
             sizes, or gets others from the start with `backbone_kwargs={"img_size": ...}`.
@@ -35,6 +38,7 @@ class VillaVisionConfig(PreTrainedConfig):
     region_stage: int = -2
     roi_size: int = 14
     projection_dim: int = 1024
+    projector_width: int = 0
     image_size: int = 224
     num_channels: int = 3
 
@@ -42,6 +46,8 @@ class VillaVisionConfig(PreTrainedConfig):
         for name in ("roi_size", "projection_dim", "image_size", "num_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.projector_width < 0:
+            raise ValueError(f"projector_width must not be negative, got {self.projector_width}.")
         if not self.backbone:
             raise ValueError("backbone must name a timm model, got an empty string.")
         self.backbone_kwargs = dict(self.backbone_kwargs or {})

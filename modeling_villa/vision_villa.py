@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_villa import VillaVisionConfig
@@ -64,6 +65,11 @@ def split_backbone(backbone: nn.Module, region_stage: int) -> tuple[list[str], l
     return steps[:at], steps[at:], strides[region_stage]
 
 
+def _make_projector(config: VillaVisionConfig) -> nn.Module:
+    dim, width = config.projection_dim, config.projector_width
+    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, dim))
+
+
 class VillaVisionModel(PreTrainedModel):
     """timm backbone whose late stages run on whole images or, after RoIAlign, on boxes (ViLLA, section 5.1).
 
@@ -87,6 +93,7 @@ class VillaVisionModel(PreTrainedModel):
         module: Any
         for module in self.backbone.modules():
             module.initialised_by_timm = True
+        self.projector = _make_projector(config) if config.projector_width else nn.Identity()
         self._trunk, self._region_head, self.stride = split_backbone(self.backbone, config.region_stage)
         self.post_init()
 
@@ -95,6 +102,9 @@ class VillaVisionModel(PreTrainedModel):
         if getattr(module, "initialised_by_timm", False):
             if hasattr(module, "init_non_persistent_buffers"):
                 module.init_non_persistent_buffers()
+        elif isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=module.in_features**-0.5)
+            init.zeros_(module.bias)
         else:
             super()._init_weights(module)
 
@@ -103,8 +113,8 @@ class VillaVisionModel(PreTrainedModel):
         return self._run(self._trunk, pixel_values)
 
     def embed_images(self, feature_map: Tensor) -> Tensor:
-        """Feature map of whole images -> (B, d): the backbone's own output."""
-        return self.backbone.forward_head(self._run(self._region_head, feature_map))
+        """Feature map of whole images -> (B, d): the backbone's own output, through the projector if there is one."""
+        return self.projector(self.backbone.forward_head(self._run(self._region_head, feature_map)))
 
     def embed_regions(self, feature_map: Tensor, boxes: Tensor, region_mask: Tensor) -> Tensor:
         """RoIAlign (aligned, as many samples as cells) and region head.

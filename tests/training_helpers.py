@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "eval"))
 
+import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
@@ -217,14 +218,11 @@ def start_server():
     """Start the server that children are forked from, if it does not run yet; it imports this module first."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training_helpers"])
-    kept = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT), *filter(None, [kept])])
-    try:
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**ENVIRONMENT, "PYTHONPATH": path}.items():
+            patch.setenv(name, value)
         forkserver.ensure_running()
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if kept is not None:
-            os.environ["PYTHONPATH"] = kept
 
 
 def _call(connection, environment, function, args):

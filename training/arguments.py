@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from transformers import HfArgumentParser
@@ -95,7 +95,7 @@ def read_arguments(cls: type[Arguments], section: str, argv: Sequence[str] | Non
         ValueError: the file is missing or no mapping, or a field in it is unknown (with the nearest ones).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(cls, allow_abbrev=False)
+    parser = HfArgumentParser(cast(Any, cls), allow_abbrev=False)
     parser.add_argument("--config", help="YAML with fields of all stages at the top and a section per stage")
     path = _config_path(argv)
     values = from_yaml(cls, section, path) if path else []

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 
 from arguments import TrainingArguments
 from artifacts import check_same, remove_folder, write_folder
@@ -42,7 +42,7 @@ _FREE = {
 class Objective(nn.Module):
     """A model and what is minimised: `forward(batch)` gives the scalar loss, over all processes' batches."""
 
-    model: PreTrainedModel
+    model: Any  # a PreTrainedModel
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         raise NotImplementedError
@@ -85,7 +85,7 @@ def train(
     args: TrainingArguments,
     output_dir: Path,
     made_from: dict[str, Any],
-) -> PreTrainedModel:
+) -> Any:
     """Minimise an objective and return its model, trained.
 
     Everything random depends on the seed, the update and the process alone, and a checkpoint is renamed into

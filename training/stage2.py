@@ -3,6 +3,7 @@
 accelerate launch training/stage2.py --config training/configs/quickstart.yaml
 """
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset, concatenate_datasets, load_from_disk
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from arguments import TrainingArguments, read_arguments
@@ -40,6 +41,9 @@ class Stage2Arguments(TrainingArguments):
         metadata={"help": "the VLM's, or the mapping model's, which was trained", "choices": ["vlm", "mapping_model"]},
     )
     mapping_model: str | None = field(default=None, metadata={"help": "default RUN_DIR/stage1/model"})
+    projector_width: int | None = field(
+        default=None, metadata={"help": "width of a new MLP behind the image tower; default: the tower as it is"}
+    )
     supervision: str = field(
         default="pairs",
         metadata={"help": "pairs, or labels: the true pairs, the ceiling", "choices": ["pairs", "labels"]},
@@ -60,14 +64,6 @@ class RegionTextObjective(Objective):
         self.model = model
         self.frozen_texts = frozen_texts
 
-    def train(self, mode: bool = True) -> "RegionTextObjective":
-        """Batch normalisation keeps the statistics it has: whole images and regions would mix theirs."""
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-        return self
-
     def embed_texts(self, batch: dict[str, Any], name: str) -> Tensor:
         """(T, d) normalised embeddings of a list of texts in the batch."""
         if self.frozen_texts is not None:
@@ -75,15 +71,32 @@ class RegionTextObjective(Objective):
         return self.model.get_text_features(**batch[f"{name}_tokens"])
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
-        vision = self.model.vision_model(batch["pixel_values"], batch["boxes"], batch["region_mask"])
+        boxes, mask = append_whole_image(batch["pixel_values"], batch["boxes"], batch["region_mask"])
+        regions = self.model.vision_model(batch["pixel_values"], boxes, mask, embed_images=False).region_embeds
         image, region = batch["paired_regions"].unbind(1)
-        visual = torch.cat([vision.region_embeds[image, region], vision.image_embeds])
+        visual = torch.cat([regions[image, region], regions[:, -1]])
         texts = self.embed_texts(batch, "text")
         if len(image):
             texts = torch.cat([batch["sentence_weights"] @ self.embed_texts(batch, "region_sentences"), texts])
         visual = gather_with_gradient(normalize(visual, dim=-1))
         texts = gather_with_gradient(normalize(texts, dim=-1))
         return clip_contrastive_loss(visual, texts, self.model.logit_scale.exp())
+
+
+def append_whole_image(pixel_values: Tensor, boxes: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The whole image as one more region, the last, so that batch normalisation sees all that is compared at once.
+
+    Args:
+        pixel_values: (B, C, H, W).
+        boxes: (B, R, 4) in pixels of `pixel_values`.
+        region_mask: (B, R) bool.
+
+    Returns:
+        (B, R + 1, 4) and (B, R + 1).
+    """
+    height, width = pixel_values.shape[-2:]
+    whole = boxes.new_tensor([0, 0, width, height]).expand(len(boxes), 1, 4)
+    return torch.cat([boxes, whole], 1), torch.cat([region_mask, region_mask.new_ones(len(boxes), 1)], 1)
 
 
 class RegionTextCollator(Collator):
@@ -122,6 +135,21 @@ def read_pairs(folder: Path, splits: dict[str, Dataset]) -> dict[str, Dataset]:
     }
 
 
+def build_vlm(args: Stage2Arguments, vlm_dir: Path, mapping_dir: Path) -> VillaClipModel:
+    """The VLM that Stage 2 starts from: its text tower, an image tower, and a fresh projector if one is asked for."""
+    vlm = VillaClipModel.from_pretrained(vlm_dir)
+    if args.image_tower == "mapping_model":
+        vlm.vision_model = VillaMappingModel.from_pretrained(mapping_dir).vlm.vision_model
+    if args.projector_width is None:
+        return vlm
+    config: Any = copy.deepcopy(vlm.config)
+    config.vision_config.projector_width = args.projector_width
+    model = VillaClipModel(config)
+    kept = {name: tensor for name, tensor in vlm.state_dict().items() if ".projector." not in name}
+    model.load_state_dict({**model.state_dict(), **kept})
+    return model
+
+
 def run(args: Stage2Arguments) -> Path:
     """Train the VLM; returns the folder of the finished model."""
     output_dir = Path(args.output_dir or args.folder(STAGE))
@@ -142,15 +170,14 @@ def run(args: Stage2Arguments) -> Path:
     mapping_dir = Path(args.mapping_model or args.folder("stage1") / "model")
     if args.image_tower == "mapping_model":
         made_from["image_tower"] = fingerprint_of_model(mapping_dir, "stage1")
+        if args.supervision == "pairs":
+            check_made_for(read_meta(folder, "map_regions"), folder, model=made_from["image_tower"])
     meta = {"stage": STAGE, **identity(args), **made_from}
     if is_finished(output_dir / "model", meta, args.resume):
         return output_dir / "model"
     names, prompts = attribute_names(splits["train"]), attribute_prompts(splits["train"])
     set_seed(args.seed)
-    model, processor = VillaClipModel.from_pretrained(vlm_dir), VillaProcessor.from_pretrained(vlm_dir)
-    if args.image_tower == "mapping_model":
-        mapping_model = VillaMappingModel.from_pretrained(mapping_dir)
-        model.vision_model.load_state_dict(mapping_model.vlm.vision_model.state_dict())
+    model, processor = build_vlm(args, vlm_dir, mapping_dir), VillaProcessor.from_pretrained(vlm_dir)
     model.text_model.requires_grad_(not args.freeze_text)
     model.logit_scale.requires_grad_(args.learn_temperature)
     frozen = None
