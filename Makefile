@@ -2,7 +2,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 SCRIPTS := $(sort $(dir $(wildcard training/*.py eval/*.py benchmarks/*.py)))
-LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+THREADS := $(shell getconf _NPROCESSORS_ONLN)
+# accelerate gives a process one thread unless it is told otherwise.
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $(THREADS)
 QUIET := TOKENIZERS_PARALLELISM=false TF_CPP_MIN_LOG_LEVEL=3
 
 .PHONY: install quickstart test lint format clean

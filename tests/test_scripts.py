@@ -163,6 +163,7 @@ def test_pipeline_given_again_skips_the_stages_and_prints_the_same(pipeline_run)
         ("stage1", ("--num_heads", 1, "--residual", 0.5)),
         ("stage2", ("--supervision", "labels")),
         ("stage2", ("--region_text", "prompts", "--image_tower", "vlm")),
+        ("stage2", ("--projector_width", 8)),
         ("stage2", ("--freeze_text", "true", "--learn_temperature", "true")),
         ("stage0", ("--freeze_text", "true", "--gradient_accumulation_steps", 2)),
         ("stage0", ("--mixed_precision", "bf16")),
@@ -250,6 +251,24 @@ def test_one_trunk_pass_per_batch_and_frozen_texts_once(finished, tmp_path, monk
 
 
 # Texts
+
+
+def test_the_whole_image_is_one_more_region():
+    pixels, mask = torch.zeros(2, 3, 40, 60), torch.tensor([[True, False], [True, True]])
+    boxes, longer = stage2.append_whole_image(pixels, torch.rand(2, 2, 4), mask)
+    assert boxes[:, 2].tolist() == [[0, 0, 60, 40]] * 2
+    assert longer.tolist() == [[True, False, True], [True, True, True]]
+
+
+def test_a_new_projector_leaves_the_rest_as_it_was(finished):
+    config, run_dir = finished
+    folders = run_dir / "stage0" / "model", run_dir / "stage1" / "model"
+    plain, wide = (
+        stage2.build_vlm(stage_arguments("stage2", config, *words), *folders).state_dict()
+        for words in ((), ("--projector_width", 8))
+    )
+    assert all(torch.equal(wide[name], tensor) for name, tensor in plain.items())
+    assert {name.split(".")[1] for name in set(wide) - set(plain)} == {"projector"}
 
 
 def test_frozen_texts_equal_the_towers_output(finished):

@@ -189,3 +189,17 @@ def test_config_refuses_sizes_below_one(field):
 def test_config_refuses_an_empty_backbone():
     with pytest.raises(ValueError, match="backbone must name a timm model"):
         VillaVisionConfig(backbone="")
+
+
+@torch.no_grad()
+def test_projector_is_an_mlp_behind_the_backbone():
+    plain, model = tiny(), tiny(projector_width=8)
+    model.backbone.load_state_dict(plain.backbone.state_dict())
+    pixels, boxes = torch.rand(2, 3, 64, 64), torch.tensor([[[0.0, 0, 32, 32]], [[32.0, 0, 64, 32]]])
+    norm, first, _, second = model.projector
+    assert first.out_features == 8 and second.out_features == model.config.projection_dim
+    before, after = plain(pixels, boxes), model(pixels, boxes)
+    for name in ("image_embeds", "region_embeds"):
+        torch.testing.assert_close(after[name], second(first(norm(before[name])).relu()))
+    with pytest.raises(ValueError, match="projector_width must not be negative, got -1"):
+        tiny(projector_width=-1)
