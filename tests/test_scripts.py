@@ -163,7 +163,7 @@ def test_pipeline_given_again_skips_the_stages_and_prints_the_same(pipeline_run)
         ("stage1", ("--num_heads", 1, "--residual", 0.5)),
         ("stage2", ("--supervision", "labels")),
         ("stage2", ("--region_text", "prompts", "--image_tower", "vlm")),
-        ("stage2", ("--projector_width", 8)),
+        ("stage2", ("--projector_width", 8, "--freeze_backbone", "true")),
         ("stage2", ("--freeze_text", "true", "--learn_temperature", "true")),
         ("stage0", ("--freeze_text", "true", "--gradient_accumulation_steps", 2)),
         ("stage0", ("--mixed_precision", "bf16")),
@@ -258,6 +258,18 @@ def test_the_whole_image_is_one_more_region():
     boxes, longer = stage2.append_whole_image(pixels, torch.rand(2, 2, 4), mask)
     assert boxes[:, 2].tolist() == [[0, 0, 60, 40]] * 2
     assert longer.tolist() == [[True, False, True], [True, True, True]]
+
+
+def test_a_frozen_backbone_stays_as_it_was(finished, tmp_path):
+    config, run_dir = finished
+    copy = copy_of_run(run_dir, tmp_path, "stage0", "stage1", "map_regions")
+    words = ("--run_dir", copy, "--max_steps", 2, "--freeze_backbone", "true")
+    run_stage("stage2", config, *words, "--projector_width", 8)
+    origin = VillaMappingModel.from_pretrained(run_dir / "stage1" / "model").vlm.vision_model.state_dict()
+    found = VillaClipModel.from_pretrained(copy / "stage2" / "model").vision_model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in origin.items())
+    with pytest.raises(ValueError, match="nothing to train"):
+        run_stage("stage2", config, *words, "--freeze_text", "true", "--output_dir", tmp_path / "nothing")
 
 
 def test_a_new_projector_leaves_the_rest_as_it_was(finished):

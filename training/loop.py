@@ -108,6 +108,8 @@ def train(
     )
     total = args.max_steps or max(1, int(args.num_epochs * len(batches)) // args.gradient_accumulation_steps)
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ValueError("Every part of the model is frozen: there is nothing to train.")
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(args.warmup_ratio * total), total)
     checkpoints = Checkpoints(output_dir, {**identity(args), **made_from}, args.keep_last)

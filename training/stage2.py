@@ -52,6 +52,9 @@ class Stage2Arguments(TrainingArguments):
     region_text: str = field(
         default="sentences", metadata={"help": "sentences or prompts", "choices": ["sentences", "prompts"]}
     )
+    freeze_backbone: bool = field(
+        default=False, metadata={"help": "leave the image tower as it is, but for its projector"}
+    )
     freeze_text: bool = field(default=False, metadata={"help": "leave the text tower as it is (the paper)"})
     learn_temperature: bool = field(default=False, metadata={"help": "train tau too"})
 
@@ -63,6 +66,14 @@ class RegionTextObjective(Objective):
         super().__init__()
         self.model = model
         self.frozen_texts = frozen_texts
+
+    def train(self, mode: bool = True) -> "RegionTextObjective":
+        """A frozen backbone's batch normalisation stays as it is, too."""
+        super().train(mode)
+        backbone = self.model.vision_model.backbone
+        if not any(parameter.requires_grad for parameter in backbone.parameters()):
+            backbone.eval()
+        return self
 
     def embed_texts(self, batch: dict[str, Any], name: str) -> Tensor:
         """(T, d) normalised embeddings of a list of texts in the batch."""
@@ -178,6 +189,7 @@ def run(args: Stage2Arguments) -> Path:
     names, prompts = attribute_names(splits["train"]), attribute_prompts(splits["train"])
     set_seed(args.seed)
     model, processor = build_vlm(args, vlm_dir, mapping_dir), VillaProcessor.from_pretrained(vlm_dir)
+    model.vision_model.backbone.requires_grad_(not args.freeze_backbone)
     model.text_model.requires_grad_(not args.freeze_text)
     model.logit_scale.requires_grad_(args.learn_temperature)
     frozen = None
