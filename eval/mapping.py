@@ -36,6 +36,18 @@ class MappingArguments(EvaluationArguments):
     )
 
 
+def check_same_inputs(processor: VillaProcessor, other: VillaProcessor) -> None:
+    """The mapping model and the VLM see the same pixels and tokens.
+
+    Raises:
+        ValueError: their image processors or tokenizers differ.
+    """
+    images = processor.image_processor.to_dict() == other.image_processor.to_dict()
+    if not images or processor.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+        what = "tokenizers" if images else "image processors"
+        raise ValueError(f"--mapping_model and --vlm have different {what}: compare models of one run.")
+
+
 @torch.no_grad()
 def main(args: MappingArguments) -> dict[str, float]:
     """Evaluate the mappings and write the metrics."""
@@ -49,6 +61,8 @@ def main(args: MappingArguments) -> dict[str, float]:
         raise ValueError(f"{args.mapping_model} maps {model.config.attributes}, the dataset has {names}.")
     processor = VillaProcessor.from_pretrained(args.mapping_model)
     vlm = load_model(VillaClipModel, args.vlm) if args.vlm else None
+    if args.vlm:
+        check_same_inputs(processor, VillaProcessor.from_pretrained(args.vlm))
     vlm_queries = torch.empty(0)
     if vlm is not None:
         vlm_queries = vlm.embed_prompts([prompts[name] for name in names], processor.tokenizer)

@@ -120,7 +120,7 @@ def test_pipeline_prints_a_table_and_leaves_metrics_and_pictures(pipeline_run):
     assert "P@25" in printed and "F1" in printed
     metrics = json.loads((run_dir / "metrics.json").read_text())
     run = metrics.pop("run")
-    assert set(run) == {"retrieval", "mapping", "pipeline_seconds"}
+    assert set(run) == {"retrieval", "mapping"}
     assert {"clip_ft_img/text_to_region/r_precision", "ceiling/region_to_text/r_precision", "mapping/f1"} <= set(
         metrics
     )

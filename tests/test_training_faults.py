@@ -81,6 +81,24 @@ def test_a_store_of_another_split_or_vocabulary_is_refused(finished, tmp_path):
         run_stage("stage1", config, "--run_dir", copy, "--encoder", "frozen", "--dataset", renamed)
 
 
+def test_a_store_of_other_regions_or_labels_under_the_same_ids_is_refused(finished, tmp_path):
+    config, run_dir = finished
+    copy = copy_of_run(run_dir, tmp_path, "stage0", "embed_regions", "stage1", "map_regions")
+    # Another seed draws other pages under the same ids.
+    other = json.dumps({**yaml.safe_load(config.read_text())["dataset_kwargs"], "seed": 1})
+    for stage, words in (("stage1", ("--encoder", "frozen", "--output_dir", tmp_path / "s1")), ("stage2", ())):
+        with pytest.raises(ValueError, match="was made for another train split"):
+            run_stage(stage, config, "--run_dir", copy, "--dataset_kwargs", other, *words)
+
+
+def test_stage2_is_redone_for_other_pairs(finished, tmp_path):
+    config, run_dir = finished
+    copy = copy_of_run(run_dir, tmp_path, "stage0", "stage1", "map_regions", "stage2")
+    run_stage("map_regions", config, "--run_dir", copy, "--epsilon", 1.5, "--no_resume")
+    with pytest.raises(ValueError, match="pairs was"):
+        run_stage("stage2", config, "--run_dir", copy)
+
+
 def with_other_names(splits):
     """The same corpus, the first attribute renamed, without groups."""
     for data in splits.values():

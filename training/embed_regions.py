@@ -70,7 +70,7 @@ def build(
                     "workers": args.num_workers,
                 },
                 cache_dir=str(folder / ".cache"),
-                fingerprint=meta["model"] + meta[f"{split}_split"],
+                fingerprint=f"{split}-{meta['model']}-{meta[f'{split}_split']}",
             )
         store.save_to_disk(folder)
         shutil.rmtree(folder / ".cache")

@@ -22,20 +22,15 @@ from transformers import get_cosine_schedule_with_warmup
 
 from arguments import TrainingArguments
 from artifacts import check_same, remove_folder, write_folder
+from stage import start
 
 logger = logging.getLogger(__name__)
 
-# Fields that change nothing about the weights, so that a run may be resumed with other values.
+# Fields that change nothing about the weights, so that a run may be resumed with others; what the paths lead to is
+# compared by its content.
 _FREE = {
-    "run_dir",
-    "output_dir",
-    "resume",
-    "save_steps",
-    "keep_last",
-    "tracker",
-    "num_workers",
-    "num_proc",
-    "strict",
+    *("run_dir", "output_dir", "resume", "save_steps", "keep_last", "tracker", "num_workers", "num_proc", "strict"),
+    *("vlm", "mapping_model", "region_store", "pairs"),
 }
 
 
@@ -54,7 +49,6 @@ class Progress:
 
     step: int = 0
     best_loss: float = math.inf
-    best_step: int = 0
     epochs_without_gain: int = 0
 
 
@@ -63,6 +57,7 @@ def make_accelerator(args: TrainingArguments, output_dir: Path) -> Accelerator:
     # Accelerate keeps the precision of a process's first Accelerator and refuses another; the stages of a pipeline
     # share a process, and each has its own. The processes themselves (PartialState) stay as they are.
     AcceleratorState._reset_state()
+    start()
     return Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=args.mixed_precision,
@@ -89,7 +84,8 @@ def train(
     """Minimise an objective and return its model, trained.
 
     Everything random depends on the seed, the update and the process alone, and a checkpoint is renamed into
-    place when it is whole: a run that is killed and started again ends with the same weights, bit for bit.
+    place when it is whole: a run that is killed and started again ends with the same weights, bit for bit on a CPU
+    (on a GPU some of torch's kernels add in no fixed order).
 
     Args:
         objective: on any device; parameters with `requires_grad` are trained.
@@ -112,7 +108,8 @@ def train(
         raise ValueError("Every part of the model is frozen: there is nothing to train.")
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(args.warmup_ratio * total), total)
-    checkpoints = Checkpoints(output_dir, {**identity(args), **made_from}, args.keep_last)
+    made_with = {**identity(args), **made_from, "num_processes": accelerator.num_processes}
+    checkpoints = Checkpoints(output_dir, made_with, args.keep_last)
     if not args.resume and accelerator.is_main_process:
         # What this loop and its stage wrote, and nothing else: the folder may be the user's own.
         for name in ("model", "checkpoints"):
@@ -140,36 +137,14 @@ def train(
     )
     objective.train()
     while progress.step < total and not _stopped(progress, args):
-        losses, norm = [], math.nan
-        for part in range(args.gradient_accumulation_steps):
-            batch = next(micro)
-            # After the batch has arrived: a loader takes random numbers when it starts, and a resumed run starts
-            # one in mid-epoch.
-            place = (args.seed * 1_000_003 + progress.step) * args.gradient_accumulation_steps + part
-            torch.manual_seed(place * accelerator.num_processes + accelerator.process_index)
-            with accelerator.accumulate(wrapped):
-                loss = wrapped(send_to_device(batch, accelerator.device))
-                _check_finite("loss", loss.item(), progress.step, batch, checkpoints)
-                losses.append(loss.item())
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm).item()
-                    if accelerator.scaler is None:
-                        _check_finite("gradient's norm", norm, progress.step, batch, checkpoints)
-                optimizer.step()
-                optimizer.zero_grad()
-        log.write(
-            progress.step + 1,
-            {"loss": sum(losses) / len(losses), "lr": schedule.get_last_lr()[0], "norm": norm},
-        )
+        values = _update(accelerator, wrapped, optimizer, micro, progress.step, args, checkpoints)
+        log.write(progress.step + 1, {**values, "lr": schedule.get_last_lr()[0]})
         schedule.step()
         progress.step += 1
         bar.update()
-        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-        epoch_ends = (progress.step * args.gradient_accumulation_steps) % len(
-            batches
-        ) < args.gradient_accumulation_steps
-        if epoch_ends or progress.step == total:
+        bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+        batches_into_epoch = progress.step * args.gradient_accumulation_steps % len(batches)
+        if batches_into_epoch < args.gradient_accumulation_steps or progress.step == total:
             check = partial(_check_finite, "validation loss", step=progress.step, checkpoints=checkpoints)
             value = validation_loss(accelerator, objective, splits["validation"], collate, args, check)
             log.write(progress.step, {"validation/loss": value})
@@ -184,6 +159,37 @@ def train(
     if args.early_stopping_patience:
         checkpoints.load_best(model)
     return model.eval()
+
+
+def _update(
+    accelerator: Accelerator,
+    wrapped: Any,
+    optimizer: Any,
+    micro: Iterator[dict[str, Any]],
+    step: int,
+    args: TrainingArguments,
+    checkpoints: "Checkpoints",
+) -> dict[str, float]:
+    """One update of the weights; its mean loss and the norm of its gradient before clipping."""
+    losses, norm = [], math.nan
+    for part in range(args.gradient_accumulation_steps):
+        batch = next(micro)
+        # After the batch has arrived: a loader takes random numbers when it starts, and a resumed run starts one in
+        # mid-epoch.
+        place = (args.seed * 1_000_003 + step) * args.gradient_accumulation_steps + part
+        torch.manual_seed(place * accelerator.num_processes + accelerator.process_index)
+        with accelerator.accumulate(wrapped):
+            loss = wrapped(send_to_device(batch, accelerator.device))
+            losses.append(loss.item())
+            _check_finite("loss", losses[-1], step, batch, checkpoints)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(wrapped.parameters(), args.max_grad_norm).item()
+                if accelerator.scaler is None:
+                    _check_finite("gradient's norm", norm, step, batch, checkpoints)
+            optimizer.step()
+            optimizer.zero_grad()
+    return {"loss": sum(losses) / len(losses), "norm": norm}
 
 
 @torch.no_grad()
@@ -335,7 +341,7 @@ def _stopped(progress: Progress, args: TrainingArguments) -> bool:
 
 def _count_gain(progress: Progress, value: float) -> None:
     if value < progress.best_loss:
-        progress.best_loss, progress.best_step, progress.epochs_without_gain = value, progress.step, 0
+        progress.best_loss, progress.epochs_without_gain = value, 0
     else:
         progress.epochs_without_gain += 1
 

@@ -49,6 +49,8 @@ def read_all(argv: Sequence[str]) -> dict[str, Any]:
     options = split_options(argv)
     known = {stage: {entry.name for entry in fields(cls)} for stage, cls in ARGUMENTS.items()}
     everywhere = {"config"}.union(*known.values())
+    if "output_dir" in dict(options):
+        raise ValueError("--output_dir is of one stage; the pipeline takes --run_dir.")
     if unknown := [
         name for name, _ in options if name.removeprefix("no_") not in everywhere and name not in everywhere
     ]:
@@ -134,7 +136,6 @@ def main(argv: Sequence[str]) -> None:
     stage2.run(replace(args["stage2"], supervision="labels", output_dir=str(run_dir / "ceiling")))
     if start().is_main_process:
         metrics = evaluate(args, run_dir)
-        metrics["run"]["pipeline_seconds"] = round(time.time() - began)
         (run_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         sys.stdout.write(table(metrics))
         sys.stdout.write(f"{run_dir}: metrics.json, curves.png, regions.png; {time.time() - began:.0f} s\n")

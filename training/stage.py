@@ -1,6 +1,7 @@
 """What the stages do alike: read the corpus, find the device, hand on a model."""
 
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from datasets_scripts.loading import load_split
 from datasets_scripts.schema import attribute_names
 from modeling_villa import VillaProcessor
 
+# How long processes wait for the one that generates data or embeds regions.
+PATIENCE = timedelta(hours=24)
+
 
 def start() -> PartialState:
     """The processes of this run; without an accelerator they use the CPU."""
-    return PartialState(cpu=not torch.accelerator.is_available())
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
 
 
 def load_splits(args: StageArguments) -> dict[str, Dataset]:
@@ -31,8 +35,12 @@ def load_splits(args: StageArguments) -> dict[str, Dataset]:
 
 
 def fingerprints(splits: dict[str, Dataset]) -> dict[str, str]:
-    """What an artifact made from these splits depends on: the vocabulary and each split's images."""
-    prints = {f"{split}_split": fingerprint_of_strings(data["image_id"]) for split, data in splits.items()}
+    """What an artifact made from these splits depends on: the vocabulary, and each split's images by all but pixels."""
+    columns = ["image_id", "sentences", "regions", "attributes", "attribute_sentences"]
+    prints = {
+        f"{split}_split": fingerprint_of_strings(json.dumps(rows) for rows in data.select_columns(columns).iter(1000))
+        for split, data in splits.items()
+    }
     return {"vocabulary": fingerprint_of_strings(attribute_names(splits["train"])), **prints}
 
 

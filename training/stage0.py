@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from arguments import TrainingArguments, read_arguments
-from artifacts import is_finished
+from artifacts import fingerprint_of_model, is_finished
 from datasets_scripts.loading import Collator
 from datasets_scripts.schema import attribute_names
 from gather import gather_with_gradient
@@ -107,6 +107,8 @@ def run(args: Stage0Arguments) -> Path:
     accelerator = make_accelerator(args, output_dir)
     splits = load_splits(args)
     made_from = fingerprints(splits)
+    if args.vlm:
+        made_from["model"] = fingerprint_of_model(Path(args.vlm), STAGE) if Path(args.vlm).is_dir() else args.vlm
     meta = {"stage": STAGE, **identity(args), **made_from}
     if is_finished(output_dir / "model", meta, args.resume):
         return output_dir / "model"

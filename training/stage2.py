@@ -4,6 +4,7 @@ accelerate launch training/stage2.py --config training/configs/quickstart.yaml
 """
 
 import copy
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from arguments import TrainingArguments, read_arguments
-from artifacts import check_made_for, fingerprint_of_model, is_finished, read_meta
+from artifacts import check_made_for, fingerprint_of_model, fingerprint_of_strings, is_finished, read_meta
 from datasets_scripts.loading import Collator
 from datasets_scripts.schema import attribute_names, attribute_prompts
 from gather import gather_with_gradient
@@ -172,7 +173,7 @@ def run(args: Stage2Arguments) -> Path:
     if args.supervision == "pairs":
         folder, column = Path(args.pairs or args.folder("map_regions")), PAIRS
         splits = read_pairs(folder, splits)
-        made_from["mapping_model"] = read_meta(folder, "map_regions")["model"]
+        made_from["pairs"] = fingerprint_of_strings([json.dumps(read_meta(folder, "map_regions"), sort_keys=True)])
     elif column not in splits["train"].column_names:
         raise ValueError(
             f"--supervision labels needs the true pairs, but {args.dataset} has no column {column!r}; "
