@@ -141,6 +141,19 @@ def test_winners_alone_give_the_gradient_of_region_embeddings(batch):
     assert (leaves[0].grad[~batch["region_mask"]] == 0).all() and leaves[0].grad.abs().sum() > 0
 
 
+def test_the_gradient_survives_autocast(batch):
+    """The first pass, without a graph, must not leave the second one casts of the weights that have none."""
+    model = tiny()
+    exact = gradients(model, model(**batch).loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch).loss
+    found = gradients(model, loss)
+    assert set(found) == set(exact)
+    for name in ("weight_in", "bias_in", "weight_out", "bias_out"):
+        name = f"projection_heads.{name}"
+        assert cosine_similarity(found[name].flatten(), exact[name].flatten(), dim=0) > 0.95
+
+
 def test_training_step_lowers_the_loss(batch):
     model = tiny()
     optimizer = torch.optim.AdamW(model.projection_heads.parameters(), lr=1e-2)
