@@ -76,7 +76,7 @@ def write_metrics(args: EvaluationArguments, metrics: dict[str, float], start: f
     versions = {library: version(library) for library in LIBRARIES}
     run = {
         **asdict(args),
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": shlex.join(["python", f"eval/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), **versions},
         "seconds": round(time.time() - start, 1),
     }
