@@ -165,9 +165,9 @@ def usable(dataset: Dataset, strict: bool = False, num_proc: int | None = None) 
         The dataset without the skipped examples, and the counts `no_region`, `no_attribute`, `corrupt_image`.
 
     Raises:
-        ValueError: a column is missing or mis-typed; a box is empty, inverted, outside its image or not
-            finite; a sentence index or the lengths of an example do not fit; an image is corrupt and `strict`
-            is set; or no example is left.
+        ValueError: a column is missing or mis-typed; an image_id is missing or comes twice; a text is missing;
+            a box is empty, inverted, outside its image or not finite; a sentence index or the lengths of an
+            example do not fit; an image is corrupt and `strict` is set; or no example is left.
     """
     check_columns(dataset)
     if len(dataset) == 0:
@@ -175,7 +175,8 @@ def usable(dataset: Dataset, strict: bool = False, num_proc: int | None = None) 
     plain = dataset.with_format(None)
     mode = plain.features["image"].mode
     raw = plain.cast_column("image", Image(mode=mode, decode=False))
-    needed = [column for column in features(["..."]) if column in raw.column_names and column != "text"]
+    needed = [column for column in features(["..."]) if column in raw.column_names]
+    _check_ids(plain["image_id"][:])
     verdicts = raw.select_columns(needed).map(
         _judge_batch,
         batched=True,
@@ -235,6 +236,14 @@ def _matches(found: Any, expected: Any) -> bool:
     return found.dtype in kinds[expected.dtype]
 
 
+def _check_ids(image_ids: list[str | None]) -> None:
+    if None in image_ids:
+        raise ValueError(f"example {image_ids.index(None)} has no image_id")
+    twice = [image_id for image_id, count in Counter(image_ids).items() if count > 1]
+    if twice:
+        raise ValueError(f"image_id must be unique within a split, but {len(twice)} come more than once: {twice[:5]}")
+
+
 def _judge_batch(batch: dict[str, list[Any]], decoder: Image, vocabulary: int) -> dict[str, list[str]]:
     examples = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
     judged = [_judge(example, decoder, vocabulary) for example in examples]
@@ -267,6 +276,8 @@ def _check_indices(example: dict[str, Any], vocabulary: int) -> None:
     stated_by = example["attribute_sentences"] or []
     regions = example["regions"] or []
     truth = example.get("region_attributes") or []
+    if example["text"] is None or None in sentences:
+        raise ValueError(f"{who}: {'text' if example['text'] is None else 'one of the sentences'} is missing (null)")
     if len(stated_by) != len(attributes):
         raise ValueError(
             f"{who}: attribute_sentences has {len(stated_by)} entries for {len(attributes)} attributes; "

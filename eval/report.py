@@ -3,6 +3,8 @@
 import json
 import platform
 import shlex
+import shutil
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -71,11 +73,25 @@ def device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
+def commit() -> str | None:
+    """The commit of this checkout, with `+` where files differ from it; None outside of git."""
+    if not shutil.which("git"):
+        return None
+    described = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return described.stdout.strip() or None
+
+
 def write_metrics(args: EvaluationArguments, metrics: dict[str, float], start: float) -> None:
     """Write the metrics, flat, and under `run` what is needed to make them again."""
     versions = {library: version(library) for library in LIBRARIES}
     run = {
         **asdict(args),
+        "commit": commit(),
         "command": shlex.join(["python", f"eval/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), **versions},
         "seconds": round(time.time() - start, 1),

@@ -21,6 +21,16 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if "slow" not in item.keywords]
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate's state, kept once per process, is forgotten before and after the test."""
+    from training_helpers import reset_accelerate
+
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     """The folder with real data: VILLA_SHARED_DATA, or ../shared/data seen from the project's root."""

@@ -5,6 +5,7 @@ import math
 import pytest
 import timm
 import torch
+from tiny_models import TEXT, VISION, VLM
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import normalize
 from transformers import AutoModel, PreTrainedTokenizerFast
@@ -12,28 +13,9 @@ from transformers import AutoModel, PreTrainedTokenizerFast
 from modeling_villa import VillaClipConfig, VillaClipModel, VillaMappingConfig, VillaMappingModel, VillaVisionModel
 from modeling_villa.losses_villa import clip_contrastive_loss
 
-VISION = {
-    "backbone": "resnet18",
-    "backbone_kwargs": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 32]},
-    "roi_size": 4,
-    "projection_dim": 32,
-    "image_size": 32,
-}
-TEXT = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 16,
-    "bos_token_id": 0,
-    "eos_token_id": 3,
-    "pad_token_id": 1,
-}
-
 
 def tiny(**changes):
-    return VillaClipModel(VillaClipConfig(**{"vision_config": VISION, "text_config": TEXT, **changes})).eval()
+    return VillaClipModel(VillaClipConfig(**{**VLM, **changes})).eval()
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_models import VLM
 from torch import nn
 from torch.nn.functional import cosine_similarity
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,26 +13,6 @@ from modeling_villa.losses_villa import mapping_contrastive_loss
 from modeling_villa.modeling_villa_mapping import VillaProjectionHeads
 
 COLOURS = ["red", "green", "blue", "yellow", "white"]
-VLM = {
-    "vision_config": {
-        "backbone": "resnet18",
-        "backbone_kwargs": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 32]},
-        "roi_size": 4,
-        "projection_dim": 32,
-        "image_size": 32,
-    },
-    "text_config": {
-        "vocab_size": 40,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 16,
-        "bos_token_id": 0,
-        "eos_token_id": 3,
-        "pad_token_id": 1,
-    },
-}
 
 
 def tiny(**changes):

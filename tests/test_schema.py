@@ -226,11 +226,20 @@ def test_a_box_is_measured_on_the_image_as_it_is_shown():
         ({"attribute_sentences": [0]}, "1 entries for 2 attributes"),
         ({"region_attributes": [[0]]}, "1 entries for 2 regions"),
         ({"attributes": [0, -1]}, "label -1, expected 0 to 2"),
+        ({"text": None}, r"text is missing \(null\)"),
+        ({"sentences": ["one", None]}, "one of the sentences is missing"),
     ],
 )
 def test_indices_and_lengths_that_do_not_fit(change, message):
     with pytest.raises(ValueError, match=f"'id0'.*{message}"):
         schema.usable(corpus(change))
+
+
+def test_image_ids_are_there_and_unique():
+    with pytest.raises(ValueError, match=r"1 come more than once: \['id0'\]"):
+        schema.usable(corpus({}, {"image_id": "id0"}, {}))
+    with pytest.raises(ValueError, match="example 1 has no image_id"):
+        schema.usable(corpus({}, {"image_id": None}))
 
 
 def test_nothing_left_is_an_error():

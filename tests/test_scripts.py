@@ -20,7 +20,6 @@ from training_helpers import (
     finished_run,
     in_child,
     read_log,
-    reset_accelerate,
     run_stage,
     stage_arguments,
     write_config,
@@ -32,15 +31,10 @@ from datasets_scripts.schema import attribute_names, attribute_prompts
 from modeling_villa import VillaClipModel, VillaMappingModel, VillaProcessor
 from texts import FrozenTexts, RegionTexts, tokenize, train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +275,16 @@ def test_a_new_projector_leaves_the_rest_as_it_was(finished):
     )
     assert all(torch.equal(wide[name], tensor) for name, tensor in plain.items())
     assert {name.split(".")[1] for name in set(wide) - set(plain)} == {"projector"}
+
+
+def test_stage2_may_have_a_temperature_of_its_own(finished):
+    config, run_dir = finished
+    folders = run_dir / "stage0" / "model", run_dir / "stage1" / "model"
+    for words, tau in (((), 0.07), (("--temperature", 0.1), 0.1)):
+        model = stage2.build_vlm(stage_arguments("stage2", config, "--projector_width", 8, *words), *folders)
+        assert model.config.temperature == tau and model.logit_scale.exp().item() == pytest.approx(1 / tau)
+    with pytest.raises(ValueError, match=r"temperature must be positive, got -1\.0"):
+        stage_arguments("stage2", config, "--temperature", -1)
 
 
 def test_frozen_texts_equal_the_towers_output(finished):

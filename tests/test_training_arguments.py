@@ -6,6 +6,7 @@ import pytest
 from training_helpers import ROOT, STAGES, stage_arguments, tiny_config, write_config
 
 from arguments import StageArguments, TrainingArguments, as_words, read_arguments, read_config
+from pipeline import main as pipeline_main
 from pipeline import read_all, split_options
 
 CONFIGS = sorted((ROOT / "training" / "configs").glob("*.yaml"))
@@ -51,8 +52,7 @@ def test_null_in_a_section_takes_back_what_stands_at_the_top(tmp_path):
     assert read(tmp_path, "max_steps: 5\nstage0: {max_steps: null}\n").max_steps is None
 
 
-def test_lists_are_spread():
-    assert as_words("models", ["a", 2]) == ["--models", "a", "2"]
+def test_mappings_become_json_and_null_is_left_out():
     assert as_words("x", None) == []
     assert as_words("x", {"a": 1}) == ["--x", '{"a": 1}']
 
@@ -157,6 +157,19 @@ def test_pipeline_gives_an_option_to_every_stage_that_has_it(tmp_path):
     assert read["map_regions"].epsilon == 0.25
     assert read["stage1"].encoder == "full"
     assert json.loads(read["stage0"].backbone_kwargs) == tiny_config(tmp_path)["stage0"]["backbone_kwargs"]
+
+
+def test_pipeline_tells_which_stage_takes_which_option(capsys):
+    pipeline_main(["--help"])
+    printed = capsys.readouterr().out
+    assert "--seed (all): of weights, order and augmentation" in printed
+    assert "--epsilon (map_regions): " in printed and "--num_epochs (stage0, stage1, stage2): " in printed
+
+
+def test_pipeline_refuses_a_folder_of_one_stage(tmp_path):
+    config = str(write_config(tmp_path, stage1={"output_dir": "elsewhere"}))
+    with pytest.raises(ValueError, match="'stage1' sets output_dir"):
+        read_all(["--config", config])
 
 
 def test_pipeline_refuses_an_option_that_no_stage_has(tmp_path):

@@ -13,7 +13,6 @@ from training_helpers import (
     finished_run,
     in_child,
     read_log,
-    reset_accelerate,
     run_stage,
     write_config,
 )
@@ -22,12 +21,7 @@ import datasets_scripts  # noqa: F401  (registers docmnist)
 from artifacts import META_FILE
 from datasets_scripts.schema import attribute_names
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    reset_accelerate()
-    yield
-    reset_accelerate()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(scope="module")

@@ -7,18 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from training_helpers import Child, ChildError, die, files_of, read_log, reset_accelerate
+from training_helpers import Child, ChildError, die, files_of, read_log
 
 import loop
 from arguments import TrainingArguments
 from loop import Batches, Objective, make_accelerator, train
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    reset_accelerate()
-    yield
-    reset_accelerate()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 class Toy(Objective):

@@ -105,10 +105,11 @@ def read_arguments(cls: type[Arguments], section: str, argv: Sequence[str] | Non
 
 def from_yaml(cls: type[StageArguments], section: str, path: str) -> list[str]:
     """The YAML's values for one stage, as command-line words, so that they are checked like those."""
-    own = read_config(path).get(section) or {}
+    config = read_config(path)
+    own = config.get(section) or {}
     if not isinstance(own, dict):
         raise ValueError(f"{path}: section {section!r} must be a mapping of fields, got {own!r}.")
-    shared = {key: value for key, value in read_config(path).items() if key not in SECTIONS}
+    shared = {key: value for key, value in config.items() if key not in SECTIONS}
     known = {entry.name for entry in fields(cls)}
     if unknown := sorted(set(own) - known):
         near = difflib.get_close_matches(unknown[0], known, 3)
@@ -120,13 +121,11 @@ def from_yaml(cls: type[StageArguments], section: str, path: str) -> list[str]:
 
 
 def as_words(key: str, value: Any) -> list[str]:
-    """One field as command-line words: lists are spread, mappings become JSON, null is left out."""
+    """One field as command-line words: mappings become JSON, null is left out."""
     if value is None:
         return []
     if isinstance(value, dict):
         return [f"--{key}", json.dumps(value)]
-    if isinstance(value, list):
-        return [f"--{key}", *map(str, value)]
     return [f"--{key}", str(value)]
 
 

@@ -3,11 +3,14 @@
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 META_FILE = "villa_artifact.json"
 
@@ -78,6 +81,7 @@ def is_finished(folder: Path, meta: dict[str, Any], resume: bool) -> bool:
     if not (folder / META_FILE).is_file() or not resume:
         return False
     check_same(json.loads((folder / META_FILE).read_text()), meta, str(folder))
+    logger.info("%s is finished and was made with these arguments: skipped", folder)
     return True
 
 

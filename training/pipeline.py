@@ -44,7 +44,7 @@ def read_all(argv: Sequence[str]) -> dict[str, Any]:
     """Each stage's arguments; an option goes to every stage that knows it.
 
     Raises:
-        ValueError: no stage knows an option.
+        ValueError: no stage knows an option, or a stage would not write under the run's folder.
     """
     options = split_options(argv)
     known = {stage: {entry.name for entry in fields(cls)} for stage, cls in ARGUMENTS.items()}
@@ -60,7 +60,24 @@ def read_all(argv: Sequence[str]) -> dict[str, Any]:
         own = known[stage] | {"config"}
         words = [word for name, chunk in options if name in own or name.removeprefix("no_") in own for word in chunk]
         read[stage] = read_arguments(cls, stage, words)
+        if read[stage].output_dir is not None:
+            raise ValueError(f"Section {stage!r} sets output_dir; in the pipeline every stage writes under run_dir.")
     return read
+
+
+def usage() -> str:
+    """What `--help` prints: every option and the stages that take it."""
+    stages_of: dict[str, list[str]] = {}
+    entries = {}
+    for stage, cls in ARGUMENTS.items():
+        for entry in fields(cls):
+            stages_of.setdefault(entry.name, []).append(stage)
+            entries[entry.name] = entry
+    lines = [str(__doc__)]
+    for name, stages in stages_of.items():
+        where = "all" if len(stages) == len(ARGUMENTS) else ", ".join(stages)
+        lines.append(f"  --{name} ({where}): {entries[name].metadata['help']}")
+    return "\n".join([*lines, ""])
 
 
 def split_options(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -78,7 +95,9 @@ def split_options(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 def evaluate(args: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     """Run the evaluations and pictures in their own processes; returns all metrics."""
-    common = ["--dataset", args["stage2"].dataset, "--dataset_kwargs", args["stage2"].dataset_kwargs]
+    stage2_args = args["stage2"]
+    common = ["--dataset", stage2_args.dataset, "--dataset_kwargs", stage2_args.dataset_kwargs]
+    common += ["--seed", str(stage2_args.seed), "--strict", str(stage2_args.strict)]
     folders = {"clip_ft_img": "stage0", "villa": "stage2", "ceiling": "ceiling"}
     rule = args["map_regions"]
     mapping = [
@@ -124,6 +143,9 @@ def table(metrics: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Run what is missing, then evaluate and show."""
+    if {"-h", "--help"} & set(argv):
+        sys.stdout.write(usage())
+        return
     began = time.time()
     args = read_all(argv)
     run_dir = Path(args["stage2"].run_dir)

@@ -1,6 +1,7 @@
 """What the stages do alike: read the corpus, find the device, hand on a model."""
 
 import json
+import logging
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,11 @@ PATIENCE = timedelta(hours=24)
 
 
 def start() -> PartialState:
-    """The processes of this run; without an accelerator they use the CPU."""
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+    """The processes of this run; without an accelerator they use the CPU. The main one says what it skips, resumes."""
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+    logging.basicConfig(level=logging.INFO if state.is_main_process else logging.WARNING, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
+    return state
 
 
 def load_splits(args: StageArguments) -> dict[str, Dataset]:

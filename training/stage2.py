@@ -5,6 +5,7 @@ accelerate launch training/stage2.py --config training/configs/quickstart.yaml
 
 import copy
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,15 @@ class Stage2Arguments(TrainingArguments):
         default=False, metadata={"help": "leave the image tower as it is, but for its projector"}
     )
     freeze_text: bool = field(default=False, metadata={"help": "leave the text tower as it is (the paper)"})
+    temperature: float | None = field(
+        default=None, metadata={"help": "tau of the contrastive loss; default: the VLM's (the paper: 0.07)"}
+    )
     learn_temperature: bool = field(default=False, metadata={"help": "train tau too"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}.")
 
 
 class RegionTextObjective(Objective):
@@ -150,6 +159,9 @@ def read_pairs(folder: Path, splits: dict[str, Dataset]) -> dict[str, Dataset]:
 def build_vlm(args: Stage2Arguments, vlm_dir: Path, mapping_dir: Path) -> VillaClipModel:
     """The VLM that Stage 2 starts from: its text tower, an image tower, and a fresh projector if one is asked for."""
     vlm = VillaClipModel.from_pretrained(vlm_dir)
+    if args.temperature is not None:
+        vlm.config.temperature = args.temperature
+        torch.nn.init.constant_(vlm.logit_scale, -math.log(args.temperature))
     if args.image_tower == "mapping_model":
         vlm.vision_model = VillaMappingModel.from_pretrained(mapping_dir).vlm.vision_model
     if args.projector_width is None:
