@@ -1,8 +1,8 @@
 """The columns that every corpus has, the vocabulary's metadata, and the check of a corpus before it is used.
 
 Boxes are x0, y0, x1, y1 in pixels of the image, with x1 > x0 and y1 > y0. The vocabulary of attributes is the
-list of names of the `attributes` column; its groups and prompt sentences are one line of JSON in
-`DatasetInfo.description`.
+list of names of the `attributes` column; its groups and prompt sentences are JSON in the `id` of that column's
+ClassLabel, which survives Parquet and the Hub (a description does not).
 """
 
 import json
@@ -31,7 +31,6 @@ DEFAULT_PROMPTS = ("a photo of {}.",)
 OPTIONAL_COLUMNS = ("region_attributes",)
 SKIPPED = ("no_region", "no_attribute", "corrupt_image")
 
-_METADATA_START = '{"attribute_groups": '
 # What Pillow raises on broken files of one format or another.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, TypeError, struct.error, DecompressionBombError)
 _BOX_TOLERANCE = 1e-3  # pixels: what float32 rounding of x + width may add at the image's border
@@ -39,14 +38,21 @@ _VERDICT = "verdict"
 _REASON = "reason"
 
 
-def features(attributes: Sequence[str]) -> Features:
+def features(
+    attributes: Sequence[str],
+    groups: dict[str, list[str]] | None = None,
+    templates: dict[str, list[str]] | None = None,
+) -> Features:
     """The features of a corpus whose vocabulary is `attributes`.
 
     Args:
         attributes: distinct attribute names, at least one; their order is the label order.
+        groups: group name -> its attributes; within a region the attributes of a group exclude each other.
+        templates: group name -> prompt sentences, each with one `{}` for the attribute's name.
 
     Raises:
-        ValueError: the vocabulary is empty or names an attribute twice.
+        ValueError: the vocabulary is empty or names an attribute twice, an attribute is in two groups, a template
+            belongs to no group or has not exactly one `{}`.
     """
     names = list(attributes)
     if not names:
@@ -54,6 +60,9 @@ def features(attributes: Sequence[str]) -> Features:
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise ValueError(f"attributes must be distinct, but these come more than once: {twice}")
+    groups, templates = groups or {}, templates or {}
+    _check_groups(groups, templates)
+    metadata = json.dumps({"attribute_groups": groups, "templates": templates}) if groups else None
     return Features(
         {
             "image_id": Value("string"),
@@ -61,7 +70,7 @@ def features(attributes: Sequence[str]) -> Features:
             "text": Value("string"),
             "sentences": List(Value("string")),
             "regions": List(List(Value("float32"), length=4)),
-            "attributes": List(ClassLabel(names=names)),
+            "attributes": List(ClassLabel(names=names, id=metadata)),
             "attribute_sentences": List(Value("int32")),
             "region_attributes": List(List(ClassLabel(names=names))),
         }
@@ -80,33 +89,8 @@ def attribute_names(dataset: Dataset | IterableDataset) -> list[str]:
     return list(found.feature.names)
 
 
-def describe(prose: str, groups: dict[str, list[str]], templates: dict[str, list[str]]) -> str:
-    """The `DatasetInfo.description` that carries the vocabulary's groups and prompt templates behind the
-    prose.
-
-    Args:
-        prose: what a reader should know about the corpus.
-        groups: group name -> its attributes; within a region the attributes of a group exclude each other.
-        templates: group name -> prompt sentences, each with one `{}` for the attribute's name.
-
-    Raises:
-        ValueError: an attribute is in two groups, a template belongs to no group or has not exactly one `{}`.
-    """
-    counts = Counter(name for names in groups.values() for name in names)
-    twice = sorted(name for name, count in counts.items() if count > 1)
-    if twice:
-        raise ValueError(f"groups must not share attributes, but these are in more than one place: {twice}")
-    for group, sentences in templates.items():
-        if group not in groups:
-            raise ValueError(f"templates names the group {group!r}, which is not one of {sorted(groups)}")
-        for sentence in sentences:
-            if sentence.count("{}") != 1:
-                raise ValueError(f"a template needs exactly one '{{}}', got {sentence!r} for group {group!r}")
-    return f"{prose.strip()}\n{json.dumps({'attribute_groups': groups, 'templates': templates})}"
-
-
 def attribute_groups(dataset: Dataset | IterableDataset) -> dict[str, list[str]]:
-    """Group name -> attribute names, from the description; {} where the dataset has no groups."""
+    """Group name -> attribute names; {} where the dataset has no groups."""
     return _metadata(dataset).get("attribute_groups", {})
 
 
@@ -209,10 +193,21 @@ def usable(dataset: Dataset, strict: bool = False, num_proc: int | None = None) 
 
 
 def _metadata(dataset: Dataset | IterableDataset) -> dict[str, Any]:
-    for line in (dataset.info.description or "").splitlines():
-        if line.startswith(_METADATA_START):
-            return json.loads(line)
-    return {}
+    attribute_names(dataset)
+    return json.loads((dataset.features or {})["attributes"].feature.id or "{}")
+
+
+def _check_groups(groups: dict[str, list[str]], templates: dict[str, list[str]]) -> None:
+    counts = Counter(name for names in groups.values() for name in names)
+    twice = sorted(name for name, count in counts.items() if count > 1)
+    if twice:
+        raise ValueError(f"groups must not share attributes, but these are in more than one place: {twice}")
+    for group, sentences in templates.items():
+        if group not in groups:
+            raise ValueError(f"templates names the group {group!r}, which is not one of {sorted(groups)}")
+        for sentence in sentences:
+            if sentence.count("{}") != 1:
+                raise ValueError(f"a template needs exactly one '{{}}', got {sentence!r} for group {group!r}")
 
 
 def _is_list(feature: Any) -> TypeGuard[List | LargeList]:

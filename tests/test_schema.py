@@ -36,11 +36,9 @@ def example(**changes):
     } | changes
 
 
-def corpus(*examples, description=""):
+def corpus(*examples, **vocabulary):
     rows = [example(image_id=f"id{index}") | row for index, row in enumerate(examples)]
-    data = Dataset.from_list(rows, features=schema.features(NAMES))
-    data.info.description = description
-    return data
+    return Dataset.from_list(rows, features=schema.features(NAMES, **vocabulary))
 
 
 def test_features_are_those_of_the_design():
@@ -66,13 +64,16 @@ def test_features_of_a_bad_vocabulary(names, message):
 
 
 def test_names_groups_and_prompts_survive_what_is_done_to_a_dataset(tmp_path):
-    data = corpus({}, {}, description=schema.describe("Some prose.\nMore.", GROUPS, TEMPLATES))
+    data = corpus({}, {}, groups=GROUPS, templates=TEMPLATES)
     data.save_to_disk(tmp_path / "saved")
+    data.to_parquet(tmp_path / "saved.parquet")
     variants = [
         data,
         data.select([1]),
         load_from_disk(tmp_path / "saved"),
         concatenate_datasets([data, data]),
+        Dataset.from_parquet(str(tmp_path / "saved.parquet"), cache_dir=str(tmp_path / "cache")),
+        data.map(lambda row: row),
     ]
     for variant in variants:
         assert schema.attribute_names(variant) == NAMES
@@ -82,11 +83,10 @@ def test_names_groups_and_prompts_survive_what_is_done_to_a_dataset(tmp_path):
             "blue": ["something blue.", "blue ink."],
             "circle": ["a photo of circle."],
         }
-    assert data.info.description.startswith("Some prose.\nMore.\n")
 
 
 def test_a_dataset_without_metadata():
-    data = corpus({}, description="Just prose, {with braces}.")
+    data = corpus({})
     assert schema.attribute_groups(data) == {}
     assert schema.attribute_prompts(data)["blue"] == ["a photo of blue."]
     with pytest.raises(ValueError, match="'attributes'"):
@@ -102,9 +102,9 @@ def test_a_dataset_without_metadata():
         ({"a": ["x"]}, {"a": ["{} and {}"]}, "'{} and {}'"),
     ],
 )
-def test_describe_names_what_is_wrong(groups, templates, message):
+def test_groups_and_templates_that_do_not_fit(groups, templates, message):
     with pytest.raises(ValueError, match=message):
-        schema.describe("", groups, templates)
+        schema.features(["x", "y"], groups, templates)
 
 
 def test_check_columns_accepts_other_spellings_of_the_types():
