@@ -1,40 +1,94 @@
 """Configurations of the image tower, the mapping model (Stage 1) and the one-to-one VLM (Stages 0 and 2)."""
 
+import os
+import shutil
 from dataclasses import field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from transformers import CLIPTextConfig, PreTrainedConfig
+from transformers.dynamic_module_utils import get_relative_import_files
+
+# What goes into a model's repository beside the file of its class; each brings along what it imports.
+_CODE = ("processing_villa", "pipeline_villa", "handler")
 
 
-class VillaVisionConfig(PreTrainedConfig):
-    """The image tower: a timm backbone cut in two, with RoIAlign in between.
+class VillaPreTrainedConfig(PreTrainedConfig):
+    """What the configurations share: a saved model brings along the code that loads it where this package is not.
+
+    `auto_classes` names, for each Auto class, our class in its file; `pipelines` the same for pipeline tasks.
+    """
+
+    auto_classes: ClassVar[dict[str, str]] = {}
+    pipelines: ClassVar[dict[str, Any]] = {}
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not type(self).__module__.startswith("transformers_modules."):
+            # The package has registered its pipelines; seeing this entry, pipeline() would ask for trust_remote_code.
+            kwargs.pop("custom_pipelines", None)
+        super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save `config.json` and, beside it, the few flat files of code that `trust_remote_code=True` needs."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        here = Path(__file__).parent
+        names = {name.split(".")[0] for name in self.auto_classes.values()}
+        if self.pipelines:
+            names.update(_CODE)
+        for path in {here / f"{name}.py" for name in names}:
+            if path.exists():  # where transformers has fetched this class from the Hub, only what it needed is there
+                for file in {str(path), *get_relative_import_files(path)}:
+                    shutil.copyfile(file, Path(save_directory) / Path(file).name)
+        self.auto_map = dict(self.auto_classes)
+        self.custom_pipelines = dict(self.pipelines)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        del self.custom_pipelines
+
+
+class VillaVisionConfig(VillaPreTrainedConfig):
+    """The image tower: a timm backbone, its feature map cut by RoIAlign, and a region head.
 
     Args:
-        backbone: name of a stage-wise convolutional timm model, without weights tag (`resnet50_clip`).
+        backbone: name of a timm model, without weights tag (`resnet50_clip`): stage-wise convolutional, Swin-like
+            (its maps NHWC) or a ViT, RoPE ViTs included.
         backbone_kwargs: further arguments of `timm.create_model`, JSON values only.
-        region_stage: index into the backbone's `feature_info` of the stage whose output is cut into regions;
-            -2 (the default, and what CLIP RN50 wants) leaves exactly the last stage and the pooling to the
-            region head. A lower stage gives sharper regions and a larger region head.
+        region_head: what turns the cells that RoIAlign cuts out into one embedding. "stages": the backbone's later
+            stages and its pooling, as in ViLLA (section 5.1); convolutional backbones only. "mean": the cells of
+            the backbone's last map are averaged and go through what follows the pooling there (norm, projection).
+            "attention": those cells go through the backbone's own attention pool, without class and register
+            tokens; ViTs with global_pool "map". None (the default): "stages" where the backbone has stages, else
+            "mean". A ViT that pools by its class token embeds images by that token, but regions by the mean of
+            their patch tokens, which nothing aligns with it before training.
+        region_stage: for the region head "stages" only: index into the backbone's `feature_info` of the stage whose
+            output is cut into regions; -2 (the default, and what CLIP RN50 wants) leaves exactly the last stage and
+            the pooling to the region head. A lower stage gives sharper regions and a larger region head.
         roi_size: side of the square that RoIAlign makes of every box, in cells of the feature map, > 0. The
-            paper's 14 on the stride-16 map of RN50.
+            paper's 14 on the stride-16 map of RN50. With the region head "mean" it is the fineness of the samples
+            that are averaged: 1 takes about one per cell of the map, and is the cheapest for large boxes.
         projection_dim: width d of the image and region embeddings, > 0.
         projector_width: width of the hidden layer of an MLP (LayerNorm, linear, ReLU, linear) behind the backbone's
             own projection; 0, as in CLIP, for none. A small backbone needs it to bring a region near all of its
             attributes at once.
         image_size: side in pixels to which the processor brings the images. The backbone does not read it: one
             with an attention pool (resnet50_clip) resamples the position embeddings of its 7 x 7 cells for other
-            sizes, or gets others from the start with `backbone_kwargs={"img_size": ...}`.
+            sizes, or gets others from the start with `backbone_kwargs={"img_size": ...}`; ViTs and Swins want that,
+            or `{"dynamic_img_size": true}`, for any size but their own.
         num_channels: channels of the images.
 
     Raises:
-        ValueError: a size that is not positive, or no backbone.
+        ValueError: a size that is not positive, an unknown region head, or no backbone.
     """
 
     model_type = "villa_vision"
     base_config_key = "vision_config"
+    auto_classes = {
+        "AutoConfig": "configuration_villa.VillaVisionConfig",
+        "AutoModel": "vision_villa.VillaVisionModel",
+    }
 
     backbone: str = "resnet50_clip"
     backbone_kwargs: dict[str, Any] | None = None
+    region_head: str | None = None
     region_stage: int = -2
     roi_size: int = 14
     projection_dim: int = 1024
@@ -50,11 +104,13 @@ class VillaVisionConfig(PreTrainedConfig):
             raise ValueError(f"projector_width must not be negative, got {self.projector_width}.")
         if not self.backbone:
             raise ValueError("backbone must name a timm model, got an empty string.")
+        if self.region_head not in (None, "stages", "mean", "attention"):
+            raise ValueError(f'region_head must be "stages", "mean", "attention" or None, got {self.region_head!r}.')
         self.backbone_kwargs = dict(self.backbone_kwargs or {})
         super().__post_init__(**kwargs)
 
 
-class VillaClipConfig(PreTrainedConfig):
+class VillaClipConfig(VillaPreTrainedConfig):
     """A one-to-one VLM: image tower, text tower, one learnable temperature.
 
     Args:
@@ -69,6 +125,20 @@ class VillaClipConfig(PreTrainedConfig):
     """
 
     model_type = "villa_clip"
+    auto_classes = {
+        "AutoConfig": "configuration_villa.VillaClipConfig",
+        "AutoModel": "modeling_villa_clip.VillaClipModel",
+        "AutoModelForZeroShotImageClassification": "modeling_villa_clip.VillaClipModel",
+        "AutoModelForZeroShotObjectDetection": "modeling_villa_clip.VillaClipModel",
+        "AutoProcessor": "processing_villa.VillaProcessor",
+    }
+    pipelines = {
+        "zero-shot-object-detection": {
+            "impl": "pipeline_villa.VillaZeroShotObjectDetectionPipeline",
+            "pt": ["AutoModelForZeroShotObjectDetection"],
+            "type": "multimodal",
+        }
+    }
     sub_configs = {"vision_config": VillaVisionConfig, "text_config": CLIPTextConfig}
 
     vision_config: Any = None
@@ -97,7 +167,7 @@ class VillaClipConfig(PreTrainedConfig):
         return self.vision_config.projection_dim
 
 
-class VillaMappingConfig(PreTrainedConfig):
+class VillaMappingConfig(VillaPreTrainedConfig):
     """The mapping model: a one-to-one VLM and p projection heads over its region embeddings.
 
     Args:
@@ -116,6 +186,18 @@ class VillaMappingConfig(PreTrainedConfig):
     """
 
     model_type = "villa_mapping"
+    auto_classes = {
+        "AutoConfig": "configuration_villa.VillaMappingConfig",
+        "AutoModel": "modeling_villa_mapping.VillaMappingModel",
+        "AutoProcessor": "processing_villa.VillaProcessor",
+    }
+    pipelines = {
+        "region-attribute-mapping": {
+            "impl": "pipeline_villa.RegionAttributeMappingPipeline",
+            "pt": ["AutoModel"],
+            "type": "multimodal",
+        }
+    }
     sub_configs = {"vlm_config": VillaClipConfig}
 
     vlm_config: Any = None

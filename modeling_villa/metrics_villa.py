@@ -93,6 +93,37 @@ def mapping_scores(predicted: ArrayLike, true: ArrayLike) -> dict[str, float]:
     }
 
 
+def arrays_of_rows(
+    predictions: list[list[float]], references: list[list[float]]
+) -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.ndarray[Any, np.dtype[np.bool_]]]:
+    """Scores and truth, (N, A) each, from lists of rows, as the `evaluate` metrics in eval/metrics store them.
+
+    Args:
+        predictions: N rows of A scores.
+        references: N rows of A values, 0 or 1.
+
+    Raises:
+        ValueError: rows of different lengths or none, a NaN score, a reference that is neither 0 nor 1, or no 1 at all.
+    """
+    width = len(predictions[0] or ()) if predictions else 0
+    for name, rows in (("predictions", predictions), ("references", references)):
+        for i, row in enumerate(rows):
+            if len(row or ()) != width:
+                found = f"{len(row or ())} values in row {i}"
+                raise ValueError(f"{name}: found {found}, expected {width}, as in row 0 of predictions")
+    if width == 0:
+        raise ValueError(f"predictions: found {len(predictions)} rows of 0 values, expected at least one value")
+    scores, truth = np.array(predictions, dtype=float), np.array(references, dtype=float)
+    if np.isnan(scores).any():
+        raise ValueError(f"predictions: found NaN in row {np.argwhere(np.isnan(scores))[0, 0]}, expected numbers")
+    wrong = (truth != 0) & (truth != 1)
+    if wrong.any():
+        raise ValueError(f"references: found {truth[wrong][0]:g} in row {np.argwhere(wrong)[0, 0]}, expected 0 or 1")
+    if not truth.any():
+        raise ValueError("references: found no 1, expected at least one")
+    return scores, truth == 1
+
+
 def _hits_at(scores: Tensor, relevance: Tensor, cutoffs: tuple[int, ...]) -> Tensor:
     """Precision of each query (row) that has anything relevant, at the cutoffs and at its own R.
 

@@ -14,6 +14,7 @@ from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_S
 class VillaImageProcessor(TorchvisionBackend):
     """Resizes to a fixed height and width without cropping, so that boxes keep their meaning."""
 
+    _auto_class = "AutoImageProcessor"  # saved, it brings along this file
     resample = PILImageResampling.BICUBIC
     image_mean = IMAGENET_STANDARD_MEAN
     image_std = IMAGENET_STANDARD_STD
@@ -32,6 +33,8 @@ class VillaProcessor(ProcessorMixin):
     and `attention_mask` (T, L), and, with boxes, `boxes` (B, R, 4) in pixels of `pixel_values` padded with
     zeros, and `region_mask` (B, R) bool.
     """
+
+    _auto_class = "AutoProcessor"
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None) -> None:
         super().__init__(image_processor, tokenizer)
@@ -104,7 +107,7 @@ def scale_boxes(
             continue
         try:
             given = torch.as_tensor(np.asarray(image_boxes, dtype=np.float32))
-        except ValueError as error:  # ragged, or not numbers
+        except (TypeError, ValueError) as error:  # ragged, or not numbers
             raise ValueError(f"boxes of image {i} must be a list of x0, y0, x1, y1; got {image_boxes}.") from error
         if given.dim() != 2 or given.shape[1] != 4:
             raise ValueError(f"boxes of image {i} must be a list of x0, y0, x1, y1; got shape {tuple(given.shape)}.")

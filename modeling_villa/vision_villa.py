@@ -1,10 +1,11 @@
-"""The image tower: trunk -> feature map -> RoIAlign -> region head, over any stage-wise convolutional backbone."""
+"""The image tower: trunk -> feature map -> RoIAlign -> region head, over convolutional, Swin-like and ViT backbones."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
+from timm.layers import AttentionPool2d, AttentionPoolLatent, PatchEmbed, RotAttentionPool2d
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 from transformers import PreTrainedModel
@@ -28,6 +29,53 @@ class VillaVisionOutput(ModelOutput):
 
     image_embeds: Tensor | None = None
     region_embeds: Tensor | None = None
+
+
+class VillaTokens(NamedTuple):
+    """What a ViT has instead of a feature map.
+
+    Args:
+        tokens: (B, P + H' W', C), the P prefix tokens (class, registers), then the cells of the map row by row.
+        grid: H' and W'.
+    """
+
+    tokens: Tensor
+    grid: tuple[int, int]
+
+
+def choose_region_head(backbone: Any, region_head: str | None) -> str:
+    """The region head of a backbone: the one asked for or, for None, "stages" if it can have that, else "mean".
+
+    Raises:
+        ValueError: the backbone cannot have that region head, or has no map that regions could be cut from.
+    """
+    possible = []
+    if _has_stages(backbone):
+        attends = any(isinstance(module, AttentionPool2d | RotAttentionPool2d) for module in backbone.modules())
+        possible = ["stages"] if attends else ["stages", "mean"]
+    elif getattr(backbone, "output_fmt", None) == "NHWC":
+        possible = ["mean"]
+    elif hasattr(backbone, "num_prefix_tokens") and hasattr(
+        getattr(backbone, "patch_embed", None), "dynamic_feat_size"
+    ):
+        attends = isinstance(getattr(backbone, "attn_pool", None), AttentionPoolLatent)
+        possible = ["mean", "attention"] if attends else ["mean"]
+    chosen = possible[0] if region_head is None and possible else region_head
+    if chosen not in possible:
+        asked = "a region head" if region_head is None else f"region_head {region_head!r}"
+        raise ValueError(
+            f"{type(backbone).__name__} cannot have {asked}; possible: {', '.join(possible) or 'none'}. Regions are "
+            "cut from the maps of stage-wise convolutional, Swin-like (NHWC) and ViT backbones."
+        )
+    return chosen
+
+
+def _has_stages(backbone: nn.Module) -> bool:
+    try:
+        split_backbone(backbone, 0)
+    except ValueError:
+        return False
+    return True
 
 
 def split_backbone(backbone: nn.Module, region_stage: int) -> tuple[list[str], list[str], int]:
@@ -71,14 +119,16 @@ def _make_projector(config: VillaVisionConfig) -> nn.Module:
 
 
 class VillaVisionModel(PreTrainedModel):
-    """timm backbone whose late stages run on whole images or, after RoIAlign, on boxes (ViLLA, section 5.1).
+    """timm backbone with a region head: whole images, or boxes cut from the same feature map by RoIAlign.
 
-    One pass of the trunk serves the image and all of its regions.
+    One pass of the trunk serves the image and all of its regions. `region_head` names the head in use: the late
+    stages of the backbone (ViLLA, section 5.1), or pooling over the cells of its last map.
     """
 
     config_class = VillaVisionConfig
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
+    _no_split_modules = ["VillaVisionModel"]
     backbone: Any  # timm's models have methods that nn.Module has not
 
     def __init__(self, config: VillaVisionConfig) -> None:
@@ -93,34 +143,75 @@ class VillaVisionModel(PreTrainedModel):
         module: Any
         for module in self.backbone.modules():
             module.initialised_by_timm = True
+        self._built_on_meta = any(parameter.is_meta for parameter in self.backbone.parameters())
         self.projector = _make_projector(config) if config.projector_width else nn.Identity()
-        self._trunk, self._region_head, self.stride = split_backbone(self.backbone, config.region_stage)
+        self.region_head = choose_region_head(self.backbone, config.region_head)
+        self._channels_last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
+        if self.region_head == "stages":
+            self._trunk, self._late_stages, self.stride = split_backbone(self.backbone, config.region_stage)
+        else:
+            self.stride = self.backbone.feature_info[-1]["reduction"]
         self.post_init()
 
     def _init_weights(self, module: Any) -> None:
-        """timm has initialised its modules already; only what no checkpoint holds is filled in after loading."""
+        """timm has initialised its modules already; only what the checkpoint lacks is filled in after loading."""
         if getattr(module, "initialised_by_timm", False):
             if hasattr(module, "init_non_persistent_buffers"):
                 module.init_non_persistent_buffers()
+            elif module._non_persistent_buffers_set:
+                raise ValueError(
+                    f"{type(module).__name__} has buffers that no checkpoint holds, and timm {timm.__version__} cannot "
+                    "fill them in after loading: install a newer timm."
+                )
+            if self._built_on_meta:  # transformers.initialization leaves alone what was loaded
+                for parameter in module.parameters(recurse=False):
+                    init.normal_(parameter, std=0.02)
+                super()._init_weights(module)
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=module.in_features**-0.5)
             init.zeros_(module.bias)
         else:
             super()._init_weights(module)
 
-    def get_feature_map(self, pixel_values: Tensor) -> Tensor:
-        """(B, C, H, W) pixels -> (B, C', H / stride, W / stride), the map that regions are cut from."""
-        return self._run(self._trunk, pixel_values)
+    def get_feature_map(self, pixel_values: Tensor) -> Tensor | VillaTokens:
+        """(B, C, H, W) pixels -> (B, C', H / stride, W / stride), the map that regions are cut from, or a ViT's tokens.
 
-    def embed_images(self, feature_map: Tensor) -> Tensor:
+        Raises:
+            ValueError: the backbone has an image size or patch size, which `pixel_values` do not fit, or what it
+                makes of them is no map.
+        """
+        _check_image_size(self.backbone, pixel_values)
+        if self.region_head == "stages":
+            return self._run(self._trunk, pixel_values)
+        features = self.backbone.forward_features(pixel_values)
+        if features.dim() == 4:
+            return features.permute(0, 3, 1, 2) if self._channels_last else features
+        name, prefix = type(self.backbone).__name__, getattr(self.backbone, "num_prefix_tokens", None)
+        if prefix is None:
+            raise ValueError(f"{name} ends in features of shape {tuple(features.shape)}, which are no map.")
+        grid = self.backbone.patch_embed.dynamic_feat_size(tuple(pixel_values.shape[-2:]))
+        if features.shape[1] != prefix + grid[0] * grid[1]:
+            raise ValueError(
+                f"{name} gives {features.shape[1]} tokens where {grid[0]} x {grid[1]} cells and {prefix} prefix tokens "
+                "are expected; regions need them all (no patch_drop_rate)."
+            )
+        return VillaTokens(features, grid)
+
+    def embed_images(self, feature_map: Tensor | VillaTokens) -> Tensor:
         """Feature map of whole images -> (B, d): the backbone's own output, through the projector if there is one."""
-        return self.projector(self.backbone.forward_head(self._run(self._region_head, feature_map)))
+        if isinstance(feature_map, VillaTokens):
+            features = feature_map.tokens
+        elif self.region_head == "stages":
+            features = self._run(self._late_stages, feature_map)
+        else:
+            features = feature_map.permute(0, 2, 3, 1) if self._channels_last else feature_map
+        return self.projector(self.backbone.forward_head(features))
 
-    def embed_regions(self, feature_map: Tensor, boxes: Tensor, region_mask: Tensor) -> Tensor:
+    def embed_regions(self, feature_map: Tensor | VillaTokens, boxes: Tensor, region_mask: Tensor) -> Tensor:
         """RoIAlign (aligned, as many samples as cells) and region head.
 
         Args:
-            feature_map: (B, C', H', W') of `get_feature_map`.
+            feature_map: of `get_feature_map`, for B images.
             boxes: (B, R, 4) x0, y0, x1, y1 in pixels of the `pixel_values` that made the map, padded.
             region_mask: (B, R) bool, False for padding.
 
@@ -128,15 +219,37 @@ class VillaVisionModel(PreTrainedModel):
             (B, R, d), zero where the mask is False.
         """
         image_index, region_index = region_mask.nonzero(as_tuple=True)
-        embeds = feature_map.new_zeros(*region_mask.shape, self.config.projection_dim)
+        if isinstance(feature_map, VillaTokens):
+            cells = feature_map.tokens[:, self.backbone.num_prefix_tokens :]
+            dense_map = cells.transpose(1, 2).unflatten(2, feature_map.grid)
+        else:
+            dense_map = feature_map
+        embeds = dense_map.new_zeros(*region_mask.shape, self.config.projection_dim)
         if image_index.numel() == 0:
             return embeds
         # Half precision has no room for pixels, nor for image numbers, above 256 (bfloat16) or 2048 (float16).
-        maps = feature_map.to(torch.promote_types(feature_map.dtype, torch.float32))
+        maps = dense_map.to(torch.promote_types(dense_map.dtype, torch.float32))
         rois = torch.cat([image_index[:, None].to(maps), boxes[image_index, region_index].to(maps)], 1)
         crops = roi_align(maps, rois, self.config.roi_size, 1 / self.stride, sampling_ratio=0, aligned=True)
-        crops = crops.to(feature_map.dtype)
+        if self.region_head == "mean":
+            crops = crops.mean((2, 3), keepdim=True)
+        crops = crops.to(dense_map.dtype)
+        if isinstance(feature_map, VillaTokens):
+            crops = self._as_tokens(crops)
         return embeds.index_put((image_index, region_index), self.embed_images(crops).to(embeds.dtype))
+
+    def _as_tokens(self, crops: Tensor) -> VillaTokens:
+        """(K, C, h, w) crops, such that the backbone pools nothing but their cells.
+
+        A mean stands for every token: whichever of them the backbone pools, what it pools is the mean.
+        """
+        tokens = crops.flatten(2).transpose(1, 2)
+        prefix = self.backbone.num_prefix_tokens
+        if self.region_head == "mean":
+            tokens = tokens.expand(-1, prefix + 1, -1)
+        elif not getattr(self.backbone, "pool_include_prefix", True):  # the backbone will cut the prefix off
+            tokens = nn.functional.pad(tokens, (0, 0, prefix, 0))
+        return VillaTokens(tokens, (crops.shape[2], crops.shape[3]))
 
     def forward(
         self,
@@ -164,6 +277,23 @@ class VillaVisionModel(PreTrainedModel):
         for step in steps:
             x = self.backbone.get_submodule(step)(x)
         return x
+
+
+def _check_image_size(backbone: Any, pixel_values: Tensor) -> None:
+    """Say what timm says in an assertion, and what can be done about it."""
+    embed = getattr(backbone, "patch_embed", None)
+    if not isinstance(embed, PatchEmbed) or embed.img_size is None:
+        return
+    height, width = pixel_values.shape[-2:]
+    rows, columns = embed.patch_size
+    name = type(backbone).__name__
+    if embed.strict_img_size and (height, width) != tuple(embed.img_size):
+        raise ValueError(
+            f"pixel_values are {height} x {width} pixels, {name} takes {embed.img_size[0]} x {embed.img_size[1]}; "
+            'set backbone_kwargs={"img_size": ...} or {"dynamic_img_size": true}.'
+        )
+    if not embed.dynamic_img_pad and (height % rows or width % columns):
+        raise ValueError(f"pixel_values are {height} x {width} pixels, {name} takes multiples of {rows} x {columns}.")
 
 
 def check_boxes(pixel_values: Tensor, boxes: Tensor, region_mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -217,7 +217,7 @@ def test_examples_follow_the_schema(small):
         kept, _ = schema.usable(data)
         assert kept is data
         assert len(set(data["image_id"][:])) == len(data)
-        assert data.features == schema.features(ATTRIBUTES)
+        assert data.features == schema.features(ATTRIBUTES, GROUPS, TEMPLATES)
         pairs = [sum(map(len, truth)) for truth in data["region_attributes"][:]]
         assert pairs == images_of_split(config(), split).pairs.tolist()
     assert schema.attribute_groups(small["train"]) == GROUPS

@@ -157,9 +157,9 @@ def test_pipeline_given_again_skips_the_stages_and_prints_the_same(pipeline_run)
         ("stage1", ("--num_heads", 1, "--residual", 0.5)),
         ("stage2", ("--supervision", "labels")),
         ("stage2", ("--region_text", "prompts", "--image_tower", "vlm")),
-        ("stage2", ("--projector_width", 8, "--freeze_backbone", "true")),
-        ("stage2", ("--freeze_text", "true", "--learn_temperature", "true")),
-        ("stage0", ("--freeze_text", "true", "--gradient_accumulation_steps", 2)),
+        ("stage2", ("--projector_width", 8, "--vision", "frozen")),
+        ("stage2", ("--text", "frozen", "--learn_temperature", "true")),
+        ("stage0", ("--text", "frozen", "--gradient_accumulation_steps", 2)),
         ("stage0", ("--mixed_precision", "bf16")),
         ("stage1", ("--tracker", "tensorboard")),
     ],
@@ -183,7 +183,7 @@ def test_variants(finished, tmp_path, stage, words):
 def test_stage2_keeps_a_frozen_text_tower_and_trains_the_rest(finished, tmp_path):
     config, run_dir = finished
     copy = copy_of_run(run_dir, tmp_path, "stage0", "stage1", "map_regions")
-    run_stage("stage2", config, "--run_dir", copy, "--max_steps", 2, "--freeze_text", "true")
+    run_stage("stage2", config, "--run_dir", copy, "--max_steps", 2, "--text", "frozen")
     origin = VillaClipModel.from_pretrained(run_dir / "stage0" / "model").state_dict()
     tower = VillaMappingModel.from_pretrained(run_dir / "stage1" / "model").vlm.vision_model.state_dict()
     found = VillaClipModel.from_pretrained(copy / "stage2" / "model").state_dict()
@@ -234,7 +234,7 @@ def test_one_trunk_pass_per_batch_and_frozen_texts_once(finished, tmp_path, monk
     monkeypatch.setattr(
         objective, "forward", counted(objective.forward, batches, lambda inputs, _: len(inputs[0]["image_id"]))
     )
-    run_stage("stage2", config, "--run_dir", copy, "--max_steps", 3, "--freeze_text", "true")
+    run_stage("stage2", config, "--run_dir", copy, "--max_steps", 3, "--text", "frozen")
     assert images == batches == [8, 8, 8, 8]  # three updates, one batch of validation
     options = yaml.safe_load(config.read_text())["dataset_kwargs"]
     corpus = [load_split("docmnist", options, split) for split in ("train", "validation")]
@@ -257,13 +257,13 @@ def test_the_whole_image_is_one_more_region():
 def test_a_frozen_backbone_stays_as_it_was(finished, tmp_path):
     config, run_dir = finished
     copy = copy_of_run(run_dir, tmp_path, "stage0", "stage1", "map_regions")
-    words = ("--run_dir", copy, "--max_steps", 2, "--freeze_backbone", "true")
+    words = ("--run_dir", copy, "--max_steps", 2, "--vision", "frozen")
     run_stage("stage2", config, *words, "--projector_width", 8)
     origin = VillaMappingModel.from_pretrained(run_dir / "stage1" / "model").vlm.vision_model.state_dict()
     found = VillaClipModel.from_pretrained(copy / "stage2" / "model").vision_model.state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in origin.items())
     with pytest.raises(ValueError, match="nothing to train"):
-        run_stage("stage2", config, *words, "--freeze_text", "true", "--output_dir", tmp_path / "nothing")
+        run_stage("stage2", config, *words, "--text", "frozen", "--output_dir", tmp_path / "nothing")
 
 
 def test_a_new_projector_leaves_the_rest_as_it_was(finished):

@@ -37,12 +37,12 @@ max_steps: null
 num_workers: 2
 strict: yes
 dataset_kwargs: {complexity: 5.0, attributes: ["7", red]}
-stage0: {backbone_kwargs: {layers: [1, 1]}, freeze_text: true, learn_temperature: false, region_stage: -2, vlm: null}
+stage0: {backbone_kwargs: {layers: [1, 1]}, text: frozen, learn_temperature: false, region_stage: -2, vlm: null}
 """
     args = read(tmp_path, text)
     assert args.learning_rate == 1e-3 and isinstance(args.learning_rate, float)  # YAML itself reads a string here
     assert args.max_steps is None and args.vlm is None
-    assert args.strict is True and args.freeze_text is True and args.learn_temperature is False
+    assert args.strict is True and args.text == "frozen" and args.learn_temperature is False
     assert args.region_stage == -2 and args.num_workers == 2
     assert json.loads(args.dataset_kwargs) == {"complexity": 5.0, "attributes": ["7", "red"]}
     assert json.loads(args.backbone_kwargs) == {"layers": [1, 1]}

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import yaml
 from transformers import HfArgumentParser
@@ -17,6 +17,8 @@ SECTIONS = ("stage0", "embed_regions", "stage1", "map_regions", "stage2")
 @dataclass
 class StageArguments:
     """What every stage needs: where it writes and what it reads."""
+
+    stage: ClassVar[str]
 
     run_dir: str = field(default="runs/run", metadata={"help": "folder of the whole run; stages find each other in it"})
     output_dir: str | None = field(default=None, metadata={"help": "folder of this stage; default RUN_DIR/STAGE"})
@@ -32,13 +34,26 @@ class StageArguments:
     num_proc: int | None = field(default=None, metadata={"help": "processes that generate and check the dataset"})
     num_workers: int = field(default=0, metadata={"help": "processes that load batches"})
 
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "send checkpoints to the branch of their stage, finished models to main too"}
+    )
+    hub_model_id: str | None = field(default=None, metadata={"help": "repository on the Hub, org/name"})
+    hub_private: bool = field(default=True, metadata={"help": "a repository that is made is private"})
+    push_artifacts: bool = field(
+        default=False, metadata={"help": "send region store and pairs to HUB_MODEL_ID-regions and -pairs as datasets"}
+    )
+
     def __post_init__(self) -> None:
+        if (self.push_to_hub or self.push_artifacts) and not self.hub_model_id:
+            raise ValueError("--push_to_hub and --push_artifacts need --hub_model_id org/name.")
         try:
             options = json.loads(self.dataset_kwargs)
         except json.JSONDecodeError as error:
             raise ValueError(f"dataset_kwargs must be a JSON object, got {self.dataset_kwargs!r}: {error}.") from None
         if not isinstance(options, dict):
             raise ValueError(f"dataset_kwargs must be a JSON object, got {self.dataset_kwargs!r}.")
+        if "token" in options:
+            raise ValueError("dataset_kwargs is written into artifacts and must hold no token; use HF_TOKEN instead.")
         if self.num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {self.num_workers}.")
 

@@ -104,7 +104,7 @@ def check_same(found: dict[str, Any], expected: dict[str, Any], where: str) -> N
         )
 
 
-def check_made_for(meta: dict[str, Any], folder: Path, **expected: Any) -> None:
+def check_made_for(meta: dict[str, Any], folder: str | Path, **expected: Any) -> None:
     """Check that a store or pairs file belongs to the model, vocabulary and split that it is used with.
 
     Raises:

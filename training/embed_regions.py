@@ -18,6 +18,7 @@ from arguments import StageArguments, read_arguments
 from artifacts import fingerprint_of_model, is_finished, write_folder, write_meta
 from datasets_scripts.loading import Collator
 from datasets_scripts.schema import attribute_names
+from hub import local_folder, push_artifact
 from modeling_villa import VillaClipModel, VillaProcessor
 from stage import fingerprints, load_splits, start
 
@@ -28,6 +29,7 @@ STAGE = "embed_regions"
 class EmbedRegionsArguments(StageArguments):
     """The region store's arguments."""
 
+    stage = STAGE
     vlm: str | None = field(default=None, metadata={"help": "VillaClipModel; default RUN_DIR/stage0/model"})
     batch_size: int = field(default=64, metadata={"help": "images at a time"})
 
@@ -82,12 +84,14 @@ def build(
 def run(args: EmbedRegionsArguments) -> Path:
     """Write the store, unless it is there; returns its folder."""
     output_dir = Path(args.output_dir or args.folder(STAGE))
-    vlm_dir = Path(args.vlm or args.folder("stage0") / "model")
+    vlm_dir = local_folder(args.vlm or args.folder("stage0") / "model")
     splits = load_splits(args)
     meta = {"stage": STAGE, "model": fingerprint_of_model(vlm_dir, "stage0"), **fingerprints(splits)}
     with start().main_process_first():
         if not is_finished(output_dir, meta, args.resume or not start().is_main_process):
             build(args, output_dir, vlm_dir, splits, meta)
+    if args.push_artifacts and start().is_main_process:
+        push_artifact(args, "regions", output_dir)
     return output_dir
 
 

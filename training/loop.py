@@ -22,6 +22,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from arguments import TrainingArguments
 from artifacts import check_same, remove_folder, write_folder
+from hub import Uploads, fetch_checkpoint, open_branch
 from stage import start
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 _FREE = {
     *("run_dir", "output_dir", "resume", "save_steps", "keep_last", "tracker", "num_workers", "num_proc", "strict"),
     *("vlm", "mapping_model", "region_store", "pairs"),
+    *("push_to_hub", "hub_model_id", "hub_private", "push_artifacts"),
 }
 
 
@@ -112,9 +114,14 @@ def train(
     checkpoints = Checkpoints(output_dir, made_with, args.keep_last)
     if not args.resume and accelerator.is_main_process:
         # What this loop and its stage wrote, and nothing else: the folder may be the user's own.
-        for name in ("model", "checkpoints"):
+        for name in ("model", "checkpoints", "base", "adapter"):
             remove_folder(output_dir / name)
         (output_dir / "log.jsonl").unlink(missing_ok=True)
+    uploads = None
+    if args.push_to_hub and accelerator.is_main_process:
+        if open_branch(args, args.stage):
+            fetch_checkpoint(args, args.stage, output_dir)
+        uploads = Uploads(args, args.stage, output_dir)
     accelerator.wait_for_everyone()
     progress = checkpoints.load_newest(objective.model, optimizer, schedule, accelerator.scaler)
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
@@ -124,7 +131,9 @@ def train(
 
     def save() -> None:
         if accelerator.is_main_process:
-            checkpoints.save(objective.model, optimizer, schedule, accelerator.scaler, progress)
+            newest = checkpoints.save(objective.model, optimizer, schedule, accelerator.scaler, progress)
+            if uploads:
+                uploads.checkpoint(newest)
         accelerator.wait_for_everyone()
 
     micro = batches.stream(progress.step * args.gradient_accumulation_steps, splits["train"], collate, args.num_workers)
@@ -155,6 +164,8 @@ def train(
             save()
     bar.close()
     log.close()
+    if uploads:
+        uploads.close()
     model = accelerator.unwrap_model(wrapped).model
     if args.early_stopping_patience:
         checkpoints.load_best(model)
@@ -263,8 +274,8 @@ class Checkpoints:
         """From oldest to newest; a folder that is half written has another name and is never listed."""
         return sorted(self.root.glob("step-????????"))
 
-    def save(self, model: nn.Module, optimizer: Any, schedule: Any, scaler: Any, progress: Progress) -> None:
-        """Write the newest, then remove the oldest."""
+    def save(self, model: nn.Module, optimizer: Any, schedule: Any, scaler: Any, progress: Progress) -> Path:
+        """Write the newest, then remove the oldest; returns the newest."""
 
         def write(folder: Path) -> None:
             _save_weights(model, folder)
@@ -276,9 +287,11 @@ class Checkpoints:
             torch.save(state, folder / "trainer.pt")
             (folder / "progress.json").write_text(json.dumps({"progress": asdict(progress), "with": self.made_with}))
 
-        write_folder(self.root / f"step-{progress.step:08d}", write)
+        newest = self.root / f"step-{progress.step:08d}"
+        write_folder(newest, write)
         for old in self.all()[: -self.keep_last]:
             remove_folder(old)
+        return newest
 
     def load_newest(self, model: nn.Module, optimizer: Any, schedule: Any, scaler: Any) -> Progress:
         """Put model and optimizer back where the newest checkpoint left them; without one, start at 0.

@@ -16,6 +16,7 @@ from arguments import StageArguments, read_arguments
 from artifacts import fingerprint_of_model, is_finished, write_folder, write_meta
 from datasets_scripts.loading import Collator
 from datasets_scripts.schema import attribute_names
+from hub import local_folder, push_artifact
 from modeling_villa import VillaMappingModel, VillaProcessor
 from modeling_villa.assignment_villa import assign_attributes
 from stage import fingerprints, load_splits, start
@@ -27,6 +28,7 @@ STAGE = "map_regions"
 class MapRegionsArguments(StageArguments):
     """The assignment's arguments."""
 
+    stage = STAGE
     mapping_model: str | None = field(default=None, metadata={"help": "default RUN_DIR/stage1/model"})
     epsilon: float = field(default=0.2, metadata={"help": "regions within epsilon of the best cosine are assigned"})
     mode: str = field(
@@ -88,7 +90,7 @@ def build(
 def run(args: MapRegionsArguments) -> Path:
     """Write the pairs of the train and validation splits, unless they are there; returns their folder."""
     output_dir = Path(args.output_dir or args.folder(STAGE))
-    model_dir = Path(args.mapping_model or args.folder("stage1") / "model")
+    model_dir = local_folder(args.mapping_model or args.folder("stage1") / "model")
     splits = load_splits(args)
     meta = {
         "stage": STAGE,
@@ -101,6 +103,8 @@ def run(args: MapRegionsArguments) -> Path:
     with start().main_process_first():
         if not is_finished(output_dir, meta, args.resume or not start().is_main_process):
             build(args, output_dir, model_dir, splits, meta)
+    if args.push_artifacts and start().is_main_process:
+        push_artifact(args, "pairs", output_dir)
     return output_dir
 
 

@@ -21,6 +21,9 @@ import stage0
 import stage1
 import stage2
 from arguments import StageArguments, read_arguments
+from card import CardFacts
+from hub import push_model
+from modeling_villa import VillaMappingConfig
 from stage import start
 
 EVAL = Path(__file__).resolve().parent.parent / "eval"
@@ -124,6 +127,32 @@ def script(name: str, *words: str) -> None:
     subprocess.run([sys.executable, str(EVAL / name), *words], check=True)
 
 
+def push_with_results(args: dict[str, Any], run_dir: Path, metrics: dict[str, Any]) -> None:
+    """Send each stage's model once more, its card with the figures and the picture."""
+    names = VillaMappingConfig.from_pretrained(run_dir / "stage1" / "model").attributes
+    models = {
+        "stage0": rows_of(metrics, "clip_ft_img/"),
+        "stage1": {key: metrics[key] for key in metrics if key.startswith("mapping/")},
+        "stage2": rows_of(metrics, "villa/"),
+    }
+    for stage, figures in models.items():
+        facts = CardFacts(
+            args[stage],
+            stage,
+            args[stage].hub_model_id,
+            metrics=figures,
+            commands=[metrics["run"]["mapping" if stage == "stage1" else "retrieval"]["command"]],
+            attributes=names,
+            picture=run_dir / "regions.png",
+        )
+        push_model(run_dir / stage / "model", facts)
+
+
+def rows_of(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
+    """One model's metrics, without its name before them."""
+    return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+
+
 def table(metrics: dict[str, Any]) -> str:
     """The rows of the paper's tables 3 and 5, for a terminal."""
     lines = [
@@ -155,10 +184,13 @@ def main(argv: Sequence[str]) -> None:
     stage1.run(args["stage1"])
     map_regions.run(args["map_regions"])
     stage2.run(args["stage2"])
-    stage2.run(replace(args["stage2"], supervision="labels", output_dir=str(run_dir / "ceiling")))
+    ceiling = {"supervision": "labels", "output_dir": str(run_dir / "ceiling"), "push_to_hub": False}
+    stage2.run(replace(args["stage2"], **ceiling))
     if start().is_main_process:
         metrics = evaluate(args, run_dir)
         (run_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        if args["stage2"].push_to_hub:
+            push_with_results(args, run_dir, metrics)
         sys.stdout.write(table(metrics))
         sys.stdout.write(f"{run_dir}: metrics.json, curves.png, regions.png; {time.time() - began:.0f} s\n")
     start().wait_for_everyone()

@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 
 from arguments import StageArguments
 from artifacts import fingerprint_of_strings, write_folder, write_meta
+from card import CardFacts
 from datasets_scripts.loading import load_split
 from datasets_scripts.schema import attribute_names
+from hub import push_adapter, push_model
 from modeling_villa import VillaProcessor
 
 # How long processes wait for the one that generates data or embeds regions.
@@ -25,7 +27,8 @@ def start() -> PartialState:
     """The processes of this run; without an accelerator they use the CPU. The main one says what it skips, resumes."""
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     logging.basicConfig(level=logging.INFO if state.is_main_process else logging.WARNING, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
+    for client in ("httpx", "httpx2"):  # they tell of every request
+        logging.getLogger(client).setLevel(logging.WARNING)
     return state
 
 
@@ -46,6 +49,18 @@ def fingerprints(splits: dict[str, Dataset]) -> dict[str, str]:
         for split, data in splits.items()
     }
     return {"vocabulary": fingerprint_of_strings(attribute_names(splits["train"])), **prints}
+
+
+def send_model(args: StageArguments, folder: Path, splits: dict[str, Dataset]) -> Path:
+    """Send a finished model to the Hub, with `--push_to_hub`; returns its folder."""
+    if args.push_to_hub and start().is_main_process:
+        names = attribute_names(splits["train"])
+        example = splits["validation"][0]["image"]
+        push_model(folder, CardFacts(args, args.stage, str(args.hub_model_id), attributes=names, example=example))
+        if (folder.parent / "adapter").is_dir():
+            push_adapter(args, args.stage, folder.parent / "adapter")
+    start().wait_for_everyone()
+    return folder
 
 
 def save_model(folder: Path, model: PreTrainedModel, processor: VillaProcessor, meta: dict[str, Any]) -> None:

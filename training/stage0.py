@@ -21,7 +21,7 @@ from gather import gather_with_gradient
 from loop import Objective, identity, make_accelerator, train
 from modeling_villa import VillaClipConfig, VillaClipModel, VillaImageProcessor, VillaProcessor
 from modeling_villa.losses_villa import clip_contrastive_loss
-from stage import fingerprints, load_splits, save_model
+from stage import fingerprints, load_splits, save_model, send_model
 from texts import tokenize, train_tokenizer
 
 STAGE = "stage0"
@@ -31,10 +31,16 @@ STAGE = "stage0"
 class Stage0Arguments(TrainingArguments):
     """Stage 0: start from a VLM (`--vlm`), or make one from scratch with the fields below it."""
 
+    stage = STAGE
     vlm: str | None = field(default=None, metadata={"help": "folder or Hub id of a VillaClipModel to start from"})
-    backbone: str = field(default="resnet18", metadata={"help": "stage-wise convolutional timm model"})
+    backbone: str = field(default="resnet18", metadata={"help": "timm model"})
     backbone_kwargs: str = field(default="{}", metadata={"help": "JSON: further arguments of timm.create_model"})
-    region_stage: int = field(default=-2, metadata={"help": "stage whose feature map regions are cut from"})
+    region_head: str | None = field(
+        default=None, metadata={"help": "stages, mean or attention; default: what the backbone is made for"}
+    )
+    region_stage: int = field(
+        default=-2, metadata={"help": "stage whose feature map regions are cut from, with the head stages"}
+    )
     roi_size: int = field(default=14, metadata={"help": "side of RoIAlign's output in cells of that map"})
     image_size: int = field(default=224, metadata={"help": "side of the resized images in pixels"})
     projection_dim: int = field(default=256, metadata={"help": "width of the embeddings"})
@@ -44,7 +50,9 @@ class Stage0Arguments(TrainingArguments):
     max_text_length: int = field(default=192, metadata={"help": "tokens to which texts are cut"})
     temperature: float = field(default=0.07, metadata={"help": "tau of the contrastive loss"})
     learn_temperature: bool = field(default=False, metadata={"help": "train tau too"})
-    freeze_text: bool = field(default=False, metadata={"help": "leave the text tower as it is (the paper)"})
+    text: str = field(
+        default="full", metadata={"help": "the text tower: frozen (the paper) or full", "choices": ["frozen", "full"]}
+    )
 
 
 class ImageTextObjective(Objective):
@@ -78,6 +86,7 @@ def build_vlm(args: Stage0Arguments, dataset: Dataset) -> tuple[VillaClipModel, 
         vision_config={
             "backbone": args.backbone,
             "backbone_kwargs": json.loads(args.backbone_kwargs),
+            "region_head": args.region_head,
             "region_stage": args.region_stage,
             "roi_size": args.roi_size,
             "image_size": args.image_size,
@@ -111,15 +120,15 @@ def run(args: Stage0Arguments) -> Path:
         made_from["model"] = fingerprint_of_model(Path(args.vlm), STAGE) if Path(args.vlm).is_dir() else args.vlm
     meta = {"stage": STAGE, **identity(args), **made_from}
     if is_finished(output_dir / "model", meta, args.resume):
-        return output_dir / "model"
+        return send_model(args, output_dir / "model", splits)
     set_seed(args.seed)
     model, processor = build_vlm(args, splits["train"])
-    model.text_model.requires_grad_(not args.freeze_text)
+    model.text_model.requires_grad_(args.text == "full")
     model.logit_scale.requires_grad_(args.learn_temperature)
     collate = ImageTextCollator(processor, len(attribute_names(splits["train"])))
     model = train(accelerator, ImageTextObjective(model), splits, collate, args, output_dir, made_from)
     save_model(output_dir / "model", model, processor, meta)
-    return output_dir / "model"
+    return send_model(args, output_dir / "model", splits)
 
 
 if __name__ == "__main__":

@@ -9,40 +9,48 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from datasets import Dataset, concatenate_datasets, load_from_disk
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 
-from arguments import TrainingArguments, read_arguments
-from artifacts import check_made_for, fingerprint_of_model, is_finished, read_meta
+from arguments import read_arguments
+from artifacts import check_made_for, fingerprint_of_model, is_finished
 from datasets_scripts.loading import Collator, multi_hot
 from datasets_scripts.schema import attribute_groups, attribute_names, attribute_prompts
 from gather import gather_with_gradient
+from hub import local_folder, open_artifact
 from loop import Objective, identity, make_accelerator, train
+from lora import TRAINED, LoraArguments, add_adapter, import_peft, keep_statistics, save_adapter
 from modeling_villa import VillaClipModel, VillaMappingConfig, VillaMappingModel, VillaProcessor
 from modeling_villa.losses_villa import mapping_contrastive_loss
-from stage import fingerprints, load_splits, save_model
+from stage import fingerprints, load_splits, save_model, send_model
 
 STAGE = "stage1"
 
 
 @dataclass
-class Stage1Arguments(TrainingArguments):
+class Stage1Arguments(LoraArguments):
     """Stage 1: heads over the regions of a VLM."""
 
+    stage = STAGE
     vlm: str | None = field(
         default=None, metadata={"help": "VillaClipModel to start from; default RUN_DIR/stage0/model"}
     )
     encoder: str = field(
         default="frozen",
         metadata={
-            "help": "frozen (the paper; reads the region store) or full",
-            "choices": ["frozen", "full"],
+            "help": "the image tower: frozen (the paper; reads the region store), lora or full",
+            "choices": TRAINED,
         },
     )
     region_store: str | None = field(default=None, metadata={"help": "default RUN_DIR/embed_regions"})
     num_heads: int | None = field(default=None, metadata={"help": "projection heads p; default one per attribute"})
     residual: float = field(default=0.0, metadata={"help": "share of the input in a head's output"})
     temperature: float = field(default=0.07, metadata={"help": "tau of the contrastive loss"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.encoder == "lora":
+            import_peft()
 
 
 class MappingObjective(Objective):
@@ -51,6 +59,12 @@ class MappingObjective(Objective):
     def __init__(self, model: VillaMappingModel) -> None:
         super().__init__()
         self.model = model
+
+    def train(self, mode: bool = True) -> "MappingObjective":
+        """A frozen or adapted image tower's batch statistics stay as they are."""
+        super().train(mode)
+        keep_statistics(self.model.vlm.vision_model)
+        return self
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         inputs = {key: batch.get(key) for key in ("pixel_values", "boxes", "region_embeds", "region_mask")}
@@ -78,15 +92,15 @@ class StoreCollator:
         }
 
 
-def read_store(folder: Path, vlm: Path, splits: dict[str, Dataset]) -> dict[str, Dataset]:
+def read_store(folder: str | Path, vlm: Path, splits: dict[str, Dataset]) -> dict[str, Dataset]:
     """The region store's splits beside the attributes of the same images.
 
     Raises:
         ValueError: there is no store, or it was made from another model, vocabulary or split.
     """
-    meta = read_meta(folder, "embed_regions")
+    stored, meta = open_artifact(folder, "embed_regions")
     check_made_for(meta, folder, model=fingerprint_of_model(vlm, "stage0"), **fingerprints(splits))
-    store = load_from_disk(str(folder)).with_format("numpy", columns=["region_embeds"], output_all_columns=True)
+    store = stored.with_format("numpy", columns=["region_embeds"], output_all_columns=True)
     return {
         split: concatenate_datasets(
             [store[split].remove_columns("image_id"), data.select_columns(["image_id", "attributes"])], axis=1
@@ -98,13 +112,13 @@ def read_store(folder: Path, vlm: Path, splits: dict[str, Dataset]) -> dict[str,
 def run(args: Stage1Arguments) -> Path:
     """Train the mapping model; returns the folder of the finished model."""
     output_dir = Path(args.output_dir or args.folder(STAGE))
-    vlm_dir = Path(args.vlm or args.folder("stage0") / "model")
+    vlm_dir = local_folder(args.vlm or args.folder("stage0") / "model")
     accelerator = make_accelerator(args, output_dir)
     splits = load_splits(args)
     made_from = {**fingerprints(splits), "model": fingerprint_of_model(vlm_dir, "stage0")}
     meta = {"stage": STAGE, **identity(args), **made_from}
     if is_finished(output_dir / "model", meta, args.resume):
-        return output_dir / "model"
+        return send_model(args, output_dir / "model", splits)
     names, prompts = attribute_names(splits["train"]), attribute_prompts(splits["train"])
     set_seed(args.seed)
     vlm, processor = VillaClipModel.from_pretrained(vlm_dir), VillaProcessor.from_pretrained(vlm_dir)
@@ -123,13 +137,16 @@ def run(args: Stage1Arguments) -> Path:
     model.set_attribute_embeds(names, vlm.eval().embed_prompts([prompts[name] for name in names], processor.tokenizer))
     model.vlm.requires_grad_(False)
     model.vlm.vision_model.requires_grad_(args.encoder == "full")
+    if args.encoder == "lora":
+        add_adapter(model, ["vlm.vision_model"], ["projection_heads"], args)
     collate: Any = Collator(processor, len(names))
     if args.encoder == "frozen":
-        splits = read_store(Path(args.region_store or args.folder("embed_regions")), vlm_dir, splits)
+        splits = read_store(args.region_store or args.folder("embed_regions"), vlm_dir, splits)
         collate = StoreCollator(len(names))
     model = train(accelerator, MappingObjective(model), splits, collate, args, output_dir, made_from)
+    save_adapter(output_dir, model, processor)
     save_model(output_dir / "model", model, processor, meta)
-    return output_dir / "model"
+    return send_model(args, output_dir / "model", splits)
 
 
 if __name__ == "__main__":

@@ -12,19 +12,21 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from datasets import Dataset, concatenate_datasets, load_from_disk
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from arguments import TrainingArguments, read_arguments
-from artifacts import check_made_for, fingerprint_of_model, fingerprint_of_strings, is_finished, read_meta
+from arguments import read_arguments
+from artifacts import check_made_for, fingerprint_of_model, fingerprint_of_strings, is_finished
 from datasets_scripts.loading import Collator
 from datasets_scripts.schema import attribute_names, attribute_prompts
 from gather import gather_with_gradient
+from hub import local_folder, open_artifact
 from loop import Objective, identity, make_accelerator, train
+from lora import TRAINED, LoraArguments, add_adapter, import_peft, keep_statistics, save_adapter
 from modeling_villa import VillaClipModel, VillaMappingModel, VillaProcessor
 from modeling_villa.losses_villa import clip_contrastive_loss
-from stage import fingerprints, load_splits, save_model
+from stage import fingerprints, load_splits, save_model, send_model
 from texts import FrozenTexts, RegionTexts, tokenize
 
 STAGE = "stage2"
@@ -32,9 +34,10 @@ PAIRS = "assigned_attributes"
 
 
 @dataclass
-class Stage2Arguments(TrainingArguments):
+class Stage2Arguments(LoraArguments):
     """Stage 2: a VLM, the pairs, and how a region's text is made."""
 
+    stage = STAGE
     vlm: str | None = field(
         default=None, metadata={"help": "VillaClipModel to start from; default RUN_DIR/stage0/model"}
     )
@@ -54,10 +57,16 @@ class Stage2Arguments(TrainingArguments):
     region_text: str = field(
         default="sentences", metadata={"help": "sentences or prompts", "choices": ["sentences", "prompts"]}
     )
-    freeze_backbone: bool = field(
-        default=False, metadata={"help": "leave the image tower as it is, but for its projector"}
+    vision: str = field(
+        default="full",
+        metadata={
+            "help": "the image tower: frozen, lora or full; its projector is trained in any case",
+            "choices": TRAINED,
+        },
     )
-    freeze_text: bool = field(default=False, metadata={"help": "leave the text tower as it is (the paper)"})
+    text: str = field(
+        default="full", metadata={"help": "the text tower: frozen (the paper), lora or full", "choices": TRAINED}
+    )
     temperature: float | None = field(
         default=None, metadata={"help": "tau of the contrastive loss; default: the VLM's (the paper: 0.07)"}
     )
@@ -67,6 +76,10 @@ class Stage2Arguments(TrainingArguments):
         super().__post_init__()
         if self.temperature is not None and not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}.")
+        if "lora" in (self.vision, self.text):
+            import_peft()
+            if self.learn_temperature:
+                raise ValueError("learn_temperature does not go with lora: an adapter can't hold the temperature.")
 
 
 class RegionTextObjective(Objective):
@@ -78,11 +91,9 @@ class RegionTextObjective(Objective):
         self.frozen_texts = frozen_texts
 
     def train(self, mode: bool = True) -> "RegionTextObjective":
-        """A frozen backbone's batch normalisation stays as it is, too."""
+        """A frozen or adapted backbone's batch statistics stay as they are."""
         super().train(mode)
-        backbone = self.model.vision_model.backbone
-        if not any(parameter.requires_grad for parameter in backbone.parameters()):
-            backbone.eval()
+        keep_statistics(self.model.vision_model.backbone)
         return self
 
     def embed_texts(self, batch: dict[str, Any], name: str) -> Tensor:
@@ -139,21 +150,22 @@ class RegionTextCollator(Collator):
         return batch
 
 
-def read_pairs(folder: Path, splits: dict[str, Dataset]) -> dict[str, Dataset]:
-    """The splits with the column of assigned attributes.
+def read_pairs(folder: str | Path, splits: dict[str, Dataset]) -> tuple[dict[str, Dataset], dict[str, Any]]:
+    """The splits with the column of assigned attributes, and what the pairs were made from.
 
     Raises:
         ValueError: there are no pairs, they were made from another vocabulary or split, or no region has an
             attribute.
     """
-    check_made_for(read_meta(folder, "map_regions"), folder, **fingerprints(splits))
-    pairs = load_from_disk(str(folder))
+    pairs, meta = open_artifact(folder, "map_regions")
+    check_made_for(meta, folder, **fingerprints(splits))
     if not any(attributes for regions in pairs["train"][PAIRS] for attributes in regions):
         raise ValueError(f"{folder} assigns no attribute to any region of the train split.")
-    return {
+    joined = {
         split: concatenate_datasets([data, pairs[split].remove_columns("image_id")], axis=1)
         for split, data in splits.items()
     }
+    return joined, meta
 
 
 def build_vlm(args: Stage2Arguments, vlm_dir: Path, mapping_dir: Path) -> VillaClipModel:
@@ -174,48 +186,68 @@ def build_vlm(args: Stage2Arguments, vlm_dir: Path, mapping_dir: Path) -> VillaC
     return model
 
 
+def split_towers(args: Stage2Arguments, model: VillaClipModel) -> tuple[list[str], list[str]]:
+    """Names of the model's parts that are adapted, and of those that are trained in full."""
+    adapted, trained = [], []
+    if args.vision == "lora":
+        adapted.append("vision_model.backbone")
+    if args.vision == "full":
+        trained.append("vision_model")
+    elif model.config.vision_config.projector_width:
+        trained.append("vision_model.projector")
+    if args.text == "lora":
+        adapted.append("text_model")
+    elif args.text == "full":
+        # Not "text_model": the name of what is inside ends like that, too.
+        trained += ["text_model.text_model", "text_model.text_projection"]
+    return adapted, trained
+
+
 def run(args: Stage2Arguments) -> Path:
     """Train the VLM; returns the folder of the finished model."""
     output_dir = Path(args.output_dir or args.folder(STAGE))
-    vlm_dir = Path(args.vlm or args.folder("stage0") / "model")
+    vlm_dir = local_folder(args.vlm or args.folder("stage0") / "model")
     accelerator = make_accelerator(args, output_dir)
     splits = load_splits(args)
     made_from = {**fingerprints(splits), "model": fingerprint_of_model(vlm_dir, "stage0")}
     column = "region_attributes"
     if args.supervision == "pairs":
-        folder, column = Path(args.pairs or args.folder("map_regions")), PAIRS
-        splits = read_pairs(folder, splits)
-        made_from["pairs"] = fingerprint_of_strings([json.dumps(read_meta(folder, "map_regions"), sort_keys=True)])
+        folder, column = args.pairs or args.folder("map_regions"), PAIRS
+        splits, pairs_meta = read_pairs(folder, splits)
+        made_from["pairs"] = fingerprint_of_strings([json.dumps(pairs_meta, sort_keys=True)])
     elif column not in splits["train"].column_names:
         raise ValueError(
             f"--supervision labels needs the true pairs, but {args.dataset} has no column {column!r}; "
             "use --supervision pairs, after training/map_regions.py."
         )
-    mapping_dir = Path(args.mapping_model or args.folder("stage1") / "model")
+    mapping_dir = local_folder(args.mapping_model or args.folder("stage1") / "model")
     if args.image_tower == "mapping_model":
         made_from["image_tower"] = fingerprint_of_model(mapping_dir, "stage1")
         if args.supervision == "pairs":
-            check_made_for(read_meta(folder, "map_regions"), folder, model=made_from["image_tower"])
+            check_made_for(pairs_meta, folder, model=made_from["image_tower"])
     meta = {"stage": STAGE, **identity(args), **made_from}
     if is_finished(output_dir / "model", meta, args.resume):
-        return output_dir / "model"
+        return send_model(args, output_dir / "model", splits)
     names, prompts = attribute_names(splits["train"]), attribute_prompts(splits["train"])
     set_seed(args.seed)
     model, processor = build_vlm(args, vlm_dir, mapping_dir), VillaProcessor.from_pretrained(vlm_dir)
-    model.vision_model.backbone.requires_grad_(not args.freeze_backbone)
-    model.text_model.requires_grad_(not args.freeze_text)
+    model.vision_model.backbone.requires_grad_(args.vision == "full")
+    model.text_model.requires_grad_(args.text == "full")
     model.logit_scale.requires_grad_(args.learn_temperature)
     frozen = None
-    if args.freeze_text:
+    if args.text == "frozen":
         model.to(accelerator.device).eval()
         corpus = [text for split in splits.values() for text in split["text"]]
         corpus += [sentence for split in splits.values() for sentences in split["sentences"] for sentence in sentences]
         frozen = FrozenTexts(model, processor.tokenizer, corpus + [s for name in names for s in prompts[name]])
+    if "lora" in (args.vision, args.text):
+        add_adapter(model, *split_towers(args, model), args)
     texts = RegionTexts([prompts[name] for name in names], args.region_text)
     collate = RegionTextCollator(processor, len(names), column, texts, tokens=frozen is None)
     model = train(accelerator, RegionTextObjective(model, frozen), splits, collate, args, output_dir, made_from)
+    save_adapter(output_dir, model, processor)
     save_model(output_dir / "model", model, processor, meta)
-    return output_dir / "model"
+    return send_model(args, output_dir / "model", splits)
 
 
 if __name__ == "__main__":
