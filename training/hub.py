@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 # huggingface_hub uses, OSError, and the RuntimeError that it makes of either when a large file does not get through.
 FAILURES: Any = (*HfHubHTTPError.__bases__, RuntimeError)
 FOR_GOOD = (401, 403, 404)
-ATTEMPTS = 5
+ATTEMPTS = 4  # huggingface_hub makes several of its own in each
 
 
 class Uploads:
@@ -198,7 +198,9 @@ def push_model(model_dir: Path, facts: CardFacts) -> None:
                 f"sending the model to {repo_id}@{branch}",
                 _upload(repo_id, branch, args.hub_private, folder),
             )
-            if done and branch == stage:
+            if not done:
+                break
+            if branch == stage:
                 _persist(f"tagging {repo_id}@{stage}-final", lambda: _tag(repo_id, stage))
 
 
