@@ -110,7 +110,7 @@ def test_only_the_files_that_are_needed_are_there(pushed):
         assert files - CODE - more == {
             *(".gitattributes", "README.md", "config.json", "model.safetensors", "processor_config.json"),
             *("tokenizer.json", "tokenizer_config.json", "villa_artifact.json", "regions.png"),
-            ".eval_results/villa.yaml",
+            *(".eval_results/villa.yaml", "example.png"),
         }
 
 
@@ -353,6 +353,7 @@ def test_what_is_not_on_the_hub_is_named(hub, finished, tmp_path):
     [
         (("--push_to_hub", "true"), "need --hub_model_id org/name"),
         (("--push_artifacts", "true"), "need --hub_model_id org/name"),
+        (("--push_to_hub", "true", "--hub_model_id", "villa"), "need --hub_model_id org/name"),
         (("--dataset_kwargs", '{"token": "hf_x"}'), "must hold no token"),
     ],
 )

@@ -44,7 +44,7 @@ class StageArguments:
     )
 
     def __post_init__(self) -> None:
-        if (self.push_to_hub or self.push_artifacts) and not self.hub_model_id:
+        if (self.push_to_hub or self.push_artifacts) and (self.hub_model_id or "").count("/") != 1:
             raise ValueError("--push_to_hub and --push_artifacts need --hub_model_id org/name.")
         try:
             options = json.loads(self.dataset_kwargs)

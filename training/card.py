@@ -30,11 +30,11 @@ SUMMARIES = {
 }
 CLIP_SNIPPET = """from transformers import pipeline
 
-detect = pipeline("zero-shot-object-detection", model="{repo_id}", trust_remote_code=True)
+detect = pipeline("zero-shot-object-detection", model="{repo_id}", revision="{stage}", trust_remote_code=True)
 detect("page.png", candidate_labels={labels}, boxes=[[0, 0, 28, 28]])  # boxes in pixels"""
 MAPPING_SNIPPET = """from transformers import pipeline
 
-map_regions = pipeline("region-attribute-mapping", model="{repo_id}", trust_remote_code=True)
+map_regions = pipeline("region-attribute-mapping", model="{repo_id}", revision="{stage}", trust_remote_code=True)
 map_regions("page.png", boxes=[[0, 0, 28, 28]], attributes={labels})  # boxes in pixels"""
 
 
@@ -81,7 +81,7 @@ def write_card(folder: Path, facts: CardFacts) -> ModelCard:
         summary=SUMMARIES[facts.stage],
         labels=getattr(args, "supervision", "") == "labels",
         picture="regions.png" if facts.picture else None,
-        snippet=snippet.format(repo_id=facts.repo_id, labels=json.dumps(labels)),
+        snippet=snippet.format(repo_id=facts.repo_id, stage=facts.stage, labels=json.dumps(labels)),
         stage=facts.stage,
         dataset=public_name(args.dataset),
         dataset_kwargs=public_options(args.dataset_kwargs),
@@ -163,8 +163,8 @@ def config_of(args: StageArguments) -> dict[str, Any]:
 
 
 def public_name(name: str) -> str:
-    """A Hub id as it is; of a folder its last part."""
-    return Path(name).name if Path(name).exists() else name
+    """A Hub id as it is; of a path its last part."""
+    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
 
 def public_command(command: str) -> str:
@@ -181,5 +181,12 @@ def public_command(command: str) -> str:
 
 def public_options(options: str) -> str:
     """The JSON of a dataset's options with folders cut to their last part."""
-    values = json.loads(options)
-    return json.dumps({key: public_name(value) if isinstance(value, str) else value for key, value in values.items()})
+    return json.dumps(_public(json.loads(options)))
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _public(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_public(entry) for entry in value]
+    return public_name(value) if isinstance(value, str) else value

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 # huggingface_hub uses, OSError, and the RuntimeError that it makes of either when a large file does not get through.
 FAILURES: Any = (*HfHubHTTPError.__bases__, RuntimeError)
 FOR_GOOD = (401, 403, 404)
+PATIENCE = 600  # seconds for an upload that is under way when training ends
 ATTEMPTS = 4  # huggingface_hub makes several of its own in each
 
 
@@ -70,7 +71,8 @@ class Uploads:
         with self._change:
             self._closed = True
             self._change.notify_all()
-            self._change.wait_for(lambda: not self._busy)
+            if not self._change.wait_for(lambda: not self._busy, timeout=PATIENCE):
+                logger.warning("an upload to %s does not end; going on without it", self.args.hub_model_id)
         shutil.rmtree(self._staged, ignore_errors=True)
 
     def _send_all(self) -> None:

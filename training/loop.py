@@ -112,15 +112,18 @@ def train(
     schedule = get_cosine_schedule_with_warmup(optimizer, int(args.warmup_ratio * total), total)
     made_with = {**identity(args), **made_from, "num_processes": accelerator.num_processes}
     checkpoints = Checkpoints(output_dir, made_with, args.keep_last)
+    # Before anything is removed: a token that may not write is an error.
+    reached = args.push_to_hub and accelerator.is_main_process and open_branch(args, args.stage)
     if not args.resume and accelerator.is_main_process:
         # What this loop and its stage wrote, and nothing else: the folder may be the user's own.
         for name in ("model", "checkpoints", "base", "adapter"):
             remove_folder(output_dir / name)
         (output_dir / "log.jsonl").unlink(missing_ok=True)
     uploads = None
-    if args.push_to_hub and accelerator.is_main_process:
-        if open_branch(args, args.stage):
-            fetch_checkpoint(args, args.stage, output_dir)
+    if reached:
+        fetch_checkpoint(args, args.stage, output_dir)
+    # What a branch may hold that could not be asked for is not overwritten.
+    if reached or (args.push_to_hub and accelerator.is_main_process and (checkpoints.all() or not args.resume)):
         uploads = Uploads(args, args.stage, output_dir)
     accelerator.wait_for_everyone()
     progress = checkpoints.load_newest(objective.model, optimizer, schedule, accelerator.scaler)

@@ -22,6 +22,7 @@ import stage1
 import stage2
 from arguments import StageArguments, read_arguments
 from card import CardFacts
+from datasets_scripts.loading import load_split
 from hub import push_model
 from modeling_villa import VillaMappingConfig
 from stage import start
@@ -135,7 +136,13 @@ def push_with_results(args: dict[str, Any], run_dir: Path, metrics: dict[str, An
         "stage1": {key: metrics[key] for key in metrics if key.startswith("mapping/")},
         "stage2": rows_of(metrics, "villa/"),
     }
+    corpus = args["stage2"]
+    validation = load_split(
+        corpus.dataset, json.loads(corpus.dataset_kwargs), "validation", corpus.strict, corpus.num_proc
+    )
     for stage, figures in models.items():
+        if not args[stage].push_to_hub:
+            continue
         facts = CardFacts(
             args[stage],
             stage,
@@ -143,6 +150,7 @@ def push_with_results(args: dict[str, Any], run_dir: Path, metrics: dict[str, An
             metrics=figures,
             commands=[metrics["run"]["mapping" if stage == "stage1" else "retrieval"]["command"]],
             attributes=names,
+            example=validation[0]["image"],
             picture=run_dir / "regions.png",
         )
         push_model(run_dir / stage / "model", facts)

@@ -18,6 +18,7 @@ from artifacts import fingerprint_of_model, is_finished
 from datasets_scripts.loading import Collator
 from datasets_scripts.schema import attribute_names
 from gather import gather_with_gradient
+from hub import local_folder
 from loop import Objective, identity, make_accelerator, train
 from modeling_villa import VillaClipConfig, VillaClipModel, VillaImageProcessor, VillaProcessor
 from modeling_villa.losses_villa import clip_contrastive_loss
@@ -80,7 +81,8 @@ class ImageTextCollator(Collator):
 def build_vlm(args: Stage0Arguments, dataset: Dataset) -> tuple[VillaClipModel, VillaProcessor]:
     """The VLM that Stage 0 starts from, with its processor."""
     if args.vlm:
-        return VillaClipModel.from_pretrained(args.vlm), VillaProcessor.from_pretrained(args.vlm)
+        vlm = local_folder(args.vlm)
+        return VillaClipModel.from_pretrained(vlm), VillaProcessor.from_pretrained(vlm)
     tokenizer = train_tokenizer(dataset["text"], args.vocab_size, args.max_text_length)
     config = VillaClipConfig(
         vision_config={
