@@ -41,11 +41,10 @@ class Uploads:
         args: with `push_to_hub` and `hub_model_id`.
         branch: the stage's name.
         output_dir: the stage's folder; what waits is kept in it, as second names of the checkpoint's files.
-        pause: seconds before the second attempt; doubled after each.
     """
 
-    def __init__(self, args: StageArguments, branch: str, output_dir: Path, pause: float = 1.0) -> None:
-        self.args, self.branch, self.output_dir, self.pause = args, branch, output_dir, pause
+    def __init__(self, args: StageArguments, branch: str, output_dir: Path) -> None:
+        self.args, self.branch, self.output_dir = args, branch, output_dir
         self._staged = output_dir / ".uploads"
         shutil.rmtree(self._staged, ignore_errors=True)
         self._waiting: Path | None = None
@@ -94,7 +93,6 @@ class Uploads:
         _persist(
             f"sending {folder.name} to {self.args.hub_model_id}@{self.branch}",
             _upload(str(self.args.hub_model_id), self.branch, self.args.hub_private, folder, "checkpoints/"),
-            self.pause,
             lambda: self._closed or self._waiting is not None,
         )
         shutil.rmtree(folder, ignore_errors=True)
@@ -280,9 +278,7 @@ def _tag(repo_id: str, stage: str) -> None:
     HfApi().create_tag(repo_id, tag=f"{stage}-final", revision=stage)
 
 
-def _persist(
-    what: str, action: Callable[[], None], pause: float = 1.0, give_up: Callable[[], bool] = lambda: False
-) -> bool:
+def _persist(what: str, action: Callable[[], None], give_up: Callable[[], bool] = lambda: False) -> bool:
     """Do something on the Hub, again after a failure; where it can't be done, say so and go on."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -293,7 +289,7 @@ def _persist(
             logger.warning("%s failed (%s)%s", what, _first_line(error), "" if last else "; trying again")
             if last:
                 break
-            time.sleep(pause * 2 ** (attempt - 1))
+            time.sleep(2 ** (attempt - 1))
     logger.error("%s was given up; nothing is lost here, and the same command, given again, tries again.", what)
     return False
 
