@@ -36,7 +36,7 @@ class FigureArguments(MappingArguments):
 
 def draw_curves(run_dir: Path) -> None:
     """`curves.png`: training and validation loss of each stage that left a log."""
-    logs = {path.parent.name: path for path in sorted(run_dir.glob("*/log.jsonl"))}
+    logs = {str(path.parent.relative_to(run_dir)): path for path in sorted(run_dir.rglob("log.jsonl"))}
     if not logs:
         raise ValueError(f"{run_dir} holds no stage's log.jsonl; run training/pipeline.py first.")
     figure, axes = plt.subplots(1, len(logs), figsize=(4 * len(logs), 3), squeeze=False, layout="constrained")

@@ -86,21 +86,28 @@ def commit() -> str | None:
     return described.stdout.strip() or None
 
 
-def write_metrics(args: EvaluationArguments, metrics: dict[str, float], start: float) -> None:
-    """Write the metrics, flat, and under `run` what is needed to make them again."""
+def provenance(args: Any, start: float) -> dict[str, Any]:
+    """What is needed to make a result again: arguments, commit, command, versions; and how long it took."""
     versions = {library: version(library) for library in LIBRARIES}
-    run = {
+    return {
         **asdict(args),
         "commit": commit(),
         "command": shlex.join(["python", f"eval/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), **versions},
         "seconds": round(time.time() - start, 1),
     }
+
+
+def write_metrics(args: EvaluationArguments, metrics: dict[str, float], start: float) -> None:
+    """Write the metrics, flat, and under `run` what is needed to make them again."""
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
     aside.write_text(
-        json.dumps({**{key: round(value, 2) for key, value in metrics.items()}, "run": run}, indent=2) + "\n"
+        json.dumps(
+            {**{key: round(value, 2) for key, value in metrics.items()}, "run": provenance(args, start)}, indent=2
+        )
+        + "\n"
     )
     aside.replace(path)
     for key, value in metrics.items():

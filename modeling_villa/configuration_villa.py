@@ -11,6 +11,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 # What goes into a model's repository beside the file of its class; each brings along what it imports.
 _CODE = ("processing_villa", "pipeline_villa", "handler")
+REGION_SOURCES = ("roi", "crop")
 
 
 class VillaPreTrainedConfig(PreTrainedConfig):
@@ -52,6 +53,10 @@ class VillaVisionConfig(VillaPreTrainedConfig):
         backbone: name of a timm model, without weights tag (`resnet50_clip`): stage-wise convolutional, Swin-like
             (its maps NHWC) or a ViT, RoPE ViTs included.
         backbone_kwargs: further arguments of `timm.create_model`, JSON values only.
+        region_source: where a region's pixels come from. "roi" (ViLLA): RoIAlign cuts the region's cells out of the
+            image's feature map, so that one pass of the trunk serves all regions and each sees its surroundings.
+            "crop": the region is cut out of the image, stretched to the image's height and width and embedded as
+            an image of its own, by the whole tower: no surroundings, full resolution, one pass per region.
         region_head: what turns the cells that RoIAlign cuts out into one embedding. "stages": the backbone's later
             stages and its pooling, as in ViLLA (section 5.1); convolutional backbones only. "mean": the cells of
             the backbone's last map are averaged and go through what follows the pooling there (norm, projection).
@@ -76,7 +81,7 @@ class VillaVisionConfig(VillaPreTrainedConfig):
         num_channels: channels of the images.
 
     Raises:
-        ValueError: a size that is not positive, an unknown region head, or no backbone.
+        ValueError: a size that is not positive, an unknown region source or head, or no backbone.
     """
 
     model_type = "villa_vision"
@@ -88,6 +93,7 @@ class VillaVisionConfig(VillaPreTrainedConfig):
 
     backbone: str = "resnet50_clip"
     backbone_kwargs: dict[str, Any] | None = None
+    region_source: str = "roi"
     region_head: str | None = None
     region_stage: int = -2
     roi_size: int = 14
@@ -104,6 +110,8 @@ class VillaVisionConfig(VillaPreTrainedConfig):
             raise ValueError(f"projector_width must not be negative, got {self.projector_width}.")
         if not self.backbone:
             raise ValueError("backbone must name a timm model, got an empty string.")
+        if self.region_source not in REGION_SOURCES:
+            raise ValueError(f'region_source must be "roi" or "crop", got {self.region_source!r}.')
         if self.region_head not in (None, "stages", "mean", "attention"):
             raise ValueError(f'region_head must be "stages", "mean", "attention" or None, got {self.region_head!r}.')
         self.backbone_kwargs = dict(self.backbone_kwargs or {})

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+IDENTICAL_TEXTS = ("negatives", "ignored", "positives")
+
 
 def mapping_contrastive_loss(scores: Tensor, region_mask: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
     """Stage 1: an attribute's best region in an image that states it against its best in images that do not.
@@ -55,7 +57,11 @@ def mapping_contrastive_loss(scores: Tensor, region_mask: Tensor, labels: Tensor
 
 
 def clip_contrastive_loss(
-    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float, targets: Tensor | None = None
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    targets: Tensor | None = None,
+    ignored: Tensor | None = None,
 ) -> Tensor:
     """Stages 0 and 2: bidirectional InfoNCE between N images (or regions) and N texts.
 
@@ -70,13 +76,15 @@ def clip_contrastive_loss(
         logit_scale: 1 / tau, above 0; a number or a tensor with one element, which may be learned.
         targets: (N, N), floating point, row i the distribution over the texts of image i: entries >= 0, rows
             that sum to 1. None is the identity: image i belongs to text i alone.
+        ignored: (N, N), bool, True for pairs that both softmaxes leave out; never one with a target. None for no
+            pair.
 
     Returns:
         A scalar >= 0, float32 (float64 for float64 embeddings).
 
     Raises:
-        ValueError: shapes that do not fit, an empty batch, a logit_scale that is not one number above 0, or
-            targets that are not row-stochastic.
+        ValueError: shapes that do not fit, an empty batch, a logit_scale that is not one number above 0,
+            targets that are not row-stochastic, or a target that is ignored.
     """
     _check_embeddings(image_embeds, text_embeds)
     _check_logit_scale(logit_scale)
@@ -84,6 +92,10 @@ def clip_contrastive_loss(
     # Autocast would carry out the product in half precision, and logit_scale multiplies its rounding error.
     with torch.autocast(image_embeds.device.type, enabled=False):
         logits = logit_scale * (_at_least_float32(image_embeds) @ _at_least_float32(text_embeds).T)
+    if ignored is not None:
+        _check_ignored(ignored, targets, count)
+        # The lowest finite number, not -inf, whose product with a target of 0 is NaN.
+        logits = logits.masked_fill(ignored, torch.finfo(logits.dtype).min)
     if targets is None:
         diagonal = torch.arange(count, device=logits.device)
         to_text = functional.cross_entropy(logits, diagonal)
@@ -118,6 +130,45 @@ def identical_text_targets(text_ids: Tensor) -> Tensor:
         raise ValueError(f"text_ids: found {found}, expected integers of shape (N,)")
     equal = (text_ids.unsqueeze(0) == text_ids.unsqueeze(1)).float()
     return equal / equal.sum(dim=1, keepdim=True)
+
+
+def contrastive_targets(
+    text_ids: Tensor, identical_texts: str = "negatives", label_smoothing: float = 0.0
+) -> tuple[Tensor | None, Tensor | None]:
+    """`targets` and `ignored` of `clip_contrastive_loss`: what identical texts count as, and label smoothing.
+
+    A text that equals text i without being it is, for image i, a negative (ViLLA's code), ignored (in neither
+    softmax), or a positive that shares the target with text i. Then, of the N_i texts that image i is held against,
+    PyramidCLIP (Gao et al., 2022; equation 5 of SoftCLIP, Gao et al., 2023):
+
+        targets_i <- (1 - alpha) targets_i + alpha / (N_i - 1) (1 - targets_i)
+
+    Args:
+        text_ids: (N,), integer; equal numbers stand for equal texts.
+        identical_texts: "negatives", "ignored" or "positives".
+        label_smoothing: alpha, in [0, 1); PyramidCLIP's is 0.2.
+
+    Returns:
+        (N, N) float32, symmetric, rows that sum to 1, or None for the identity; (N, N) bool, or None for no pair.
+
+    Raises:
+        ValueError: `text_ids` is not a vector of integers, or an option is not one of those above.
+    """
+    if identical_texts not in IDENTICAL_TEXTS:
+        raise ValueError(f"identical_texts: found {identical_texts!r}, expected one of {', '.join(IDENTICAL_TEXTS)}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing: found {label_smoothing}, expected a number in [0, 1)")
+    if identical_texts == "negatives" and label_smoothing == 0:
+        return None, None
+    shared = identical_text_targets(text_ids)
+    own = torch.eye(len(text_ids), device=text_ids.device)
+    targets = shared if identical_texts == "positives" else own
+    ignored = (shared > 0) & (own == 0) if identical_texts == "ignored" else None
+    held = torch.ones_like(own) if ignored is None else (~ignored).float()
+    others = (held.sum(dim=1, keepdim=True) - 1).clamp(min=1)
+    smoothed = (1 - label_smoothing) * targets + label_smoothing / others * (held - targets)
+    # Nothing to share with.
+    return torch.where(held.sum(dim=1, keepdim=True) > 1, smoothed, targets), ignored
 
 
 def _at_least_float32(values: Tensor) -> Tensor:
@@ -158,6 +209,14 @@ def _check_logit_scale(logit_scale: Tensor | float) -> None:
             raise ValueError(f"logit_scale: found {found}, expected {expected}")
     elif not 0 < logit_scale < float("inf"):
         raise ValueError(f"logit_scale: found {logit_scale}, expected {expected}")
+
+
+def _check_ignored(ignored: Tensor, targets: Tensor | None, count: int) -> None:
+    if tuple(ignored.shape) != (count, count) or ignored.dtype != torch.bool:
+        found = f"{ignored.dtype} of shape {tuple(ignored.shape)}"
+        raise ValueError(f"ignored: found {found}, expected torch.bool of shape {(count, count)}")
+    if (ignored.diagonal() if targets is None else ignored & (targets > 0)).any():
+        raise ValueError("ignored: found a pair that has a target")
 
 
 def _check_targets(targets: Tensor, count: int) -> None:

@@ -121,8 +121,9 @@ def _make_projector(config: VillaVisionConfig) -> nn.Module:
 class VillaVisionModel(PreTrainedModel):
     """timm backbone with a region head: whole images, or boxes cut from the same feature map by RoIAlign.
 
-    One pass of the trunk serves the image and all of its regions. `region_head` names the head in use: the late
-    stages of the backbone (ViLLA, section 5.1), or pooling over the cells of its last map.
+    One pass of the trunk serves the image and all of its regions, unless `region_source` is "crop". `region_head`
+    names the head in use: the late stages of the backbone (ViLLA, section 5.1), or pooling over the cells of its last
+    map.
     """
 
     config_class = VillaVisionConfig
@@ -238,6 +239,28 @@ class VillaVisionModel(PreTrainedModel):
             crops = self._as_tokens(crops)
         return embeds.index_put((image_index, region_index), self.embed_images(crops).to(embeds.dtype))
 
+    def embed_crops(self, pixel_values: Tensor, boxes: Tensor, region_mask: Tensor) -> Tensor:
+        """Cut regions out of the image, stretch each to the image's size (bilinear) and embed it as an image.
+
+        Args:
+            pixel_values: (B, C, H, W).
+            boxes: (B, R, 4) x0, y0, x1, y1 in pixels of `pixel_values`, padded.
+            region_mask: (B, R) bool, False for padding.
+
+        Returns:
+            (B, R, d), zero where the mask is False.
+        """
+        image_index, region_index = region_mask.nonzero(as_tuple=True)
+        embeds = pixel_values.new_zeros(*region_mask.shape, self.config.projection_dim)
+        if image_index.numel() == 0:
+            return embeds
+        pixels = pixel_values.to(torch.promote_types(pixel_values.dtype, torch.float32))
+        rois = torch.cat([image_index[:, None].to(pixels), boxes[image_index, region_index].to(pixels)], 1)
+        # At stride 1 RoIAlign is nothing but crop and resize; boxes that are shrunk are averaged, not sampled.
+        crops = roi_align(pixels, rois, pixel_values.shape[-2:], sampling_ratio=0, aligned=True)
+        found = self.embed_images(self.get_feature_map(crops.to(pixel_values.dtype)))
+        return embeds.to(found.dtype).index_put((image_index, region_index), found)
+
     def _as_tokens(self, crops: Tensor) -> VillaTokens:
         """(K, C, h, w) crops, such that the backbone pools nothing but their cells.
 
@@ -265,12 +288,17 @@ class VillaVisionModel(PreTrainedModel):
             region_mask: (B, R) bool; None if every box is real.
             embed_images: whether whole images are embedded too.
         """
-        feature_map = self.get_feature_map(pixel_values)
-        region_embeds = None
-        if boxes is not None:
-            boxes, region_mask = check_boxes(pixel_values, boxes, region_mask)
-            region_embeds = self.embed_regions(feature_map, boxes, region_mask)
-        image_embeds = self.embed_images(feature_map) if embed_images else None
+        image_embeds = region_embeds = None
+        regions = None if boxes is None else check_boxes(pixel_values, boxes, region_mask)
+        if regions and self.config.region_source == "crop":
+            region_embeds = self.embed_crops(pixel_values, *regions)
+            regions = None
+        if embed_images or regions:
+            feature_map = self.get_feature_map(pixel_values)
+            if embed_images:
+                image_embeds = self.embed_images(feature_map)
+            if regions:
+                region_embeds = self.embed_regions(feature_map, *regions)
         return VillaVisionOutput(image_embeds=image_embeds, region_embeds=region_embeds)
 
     def _run(self, steps: list[str], x: Tensor) -> Tensor:

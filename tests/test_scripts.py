@@ -130,7 +130,8 @@ def test_pipeline_prints_a_table_and_leaves_metrics_and_pictures(pipeline_run):
 def test_pipeline_trains_the_ceiling_on_the_truth(pipeline_run):
     _, run_dir, _ = pipeline_run
     metas = [
-        json.loads((run_dir / name / "model" / "villa_artifact.json").read_text()) for name in ("stage2", "ceiling")
+        json.loads((run_dir / name / "model" / "villa_artifact.json").read_text())
+        for name in ("stage2", "ceiling/stage2")
     ]
     assert [meta["supervision"] for meta in metas] == ["pairs", "labels"]
 

@@ -105,7 +105,8 @@ def test_an_unknown_or_shortened_option_is_refused(tmp_path, word):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("num_epochs", 0),
+        ("num_epochs", -1),
+        ("num_epochs", float("nan")),
         ("batch_size", 0),
         ("gradient_accumulation_steps", -1),
         ("save_steps", 0),

@@ -66,8 +66,10 @@ class StageArguments:
 class TrainingArguments(StageArguments):
     """What every training stage needs besides: the loop."""
 
-    num_epochs: float = field(default=10, metadata={"help": "passes over the data; may be a fraction"})
-    max_steps: int | None = field(default=None, metadata={"help": "stop after so many updates instead"})
+    num_epochs: float = field(default=10, metadata={"help": "passes over the data; may be a fraction, or 0 for none"})
+    max_steps: int | None = field(
+        default=None, metadata={"help": "stop after so many updates instead of epochs"}
+    )
     batch_size: int = field(default=64, metadata={"help": "images per process and backward pass"})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "backward passes per update"})
     learning_rate: float = field(default=1e-3, metadata={"help": "AdamW's peak learning rate"})
@@ -86,7 +88,9 @@ class TrainingArguments(StageArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_epochs", "batch_size", "gradient_accumulation_steps", "save_steps", "keep_last"):
+        if not self.num_epochs >= 0:
+            raise ValueError(f"num_epochs must not be negative, got {self.num_epochs}.")
+        for name in ("batch_size", "gradient_accumulation_steps", "save_steps", "keep_last"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         for name in ("learning_rate", "max_grad_norm"):
@@ -106,14 +110,19 @@ Arguments = TypeVar("Arguments", bound=StageArguments)
 def read_arguments(cls: type[Arguments], section: str, argv: Sequence[str] | None = None) -> Arguments:
     """Read `--config X.yaml` (what stands at its top, then its section), then the other options, which win.
 
+    Of several `--config` the later ones win.
+
     Raises:
         ValueError: the file is missing or no mapping, or a field in it is unknown (with the nearest ones).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(cast(Any, cls), allow_abbrev=False)
-    parser.add_argument("--config", help="YAML with fields of all stages at the top and a section per stage")
-    path = _config_path(argv)
-    values = from_yaml(cls, section, path) if path else []
+    parser.add_argument(
+        "--config",
+        action="append",
+        help="YAML with fields of all stages at the top and a section per stage; of several the later ones win",
+    )
+    values = [word for path in _config_paths(argv) for word in from_yaml(cls, section, path)]
     (arguments, _) = parser.parse_args_into_dataclasses([*values, *argv])
     return arguments
 
@@ -164,10 +173,11 @@ def read_config(path: str) -> dict[str, Any]:
     return config
 
 
-def _config_path(argv: list[str]) -> str | None:
-    for i, word in enumerate(argv):
+def _config_paths(argv: list[str]) -> list[str]:
+    paths = []
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
         if word.startswith("--config="):
-            return word.removeprefix("--config=")
-        if word == "--config" and i + 1 < len(argv):
-            return argv[i + 1]
-    return None
+            paths.append(word.removeprefix("--config="))
+        elif word == "--config" and following:
+            paths.append(following)
+    return paths

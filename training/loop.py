@@ -105,6 +105,8 @@ def train(
         len(splits["train"]), args.batch_size, args.seed, accelerator.process_index, accelerator.num_processes
     )
     total = args.max_steps or max(1, int(args.num_epochs * len(batches)) // args.gradient_accumulation_steps)
+    if args.num_epochs == 0:
+        total = 0
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError("Every part of the model is frozen: there is nothing to train.")
@@ -170,7 +172,7 @@ def train(
     if uploads:
         uploads.close()
     model = accelerator.unwrap_model(wrapped).model
-    if args.early_stopping_patience:
+    if args.early_stopping_patience and progress.step:
         checkpoints.load_best(model)
     return model.eval()
 

@@ -102,7 +102,7 @@ def evaluate(args: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     stage2_args = args["stage2"]
     common = ["--dataset", stage2_args.dataset, "--dataset_kwargs", stage2_args.dataset_kwargs]
     common += ["--seed", str(stage2_args.seed), "--strict", str(stage2_args.strict)]
-    folders = {"clip_ft_img": "stage0", "villa": "stage2", "ceiling": "ceiling"}
+    folders = {"clip_ft_img": "stage0", "villa": "stage2", "ceiling": "ceiling/stage2"}
     rule = args["map_regions"]
     mapping = [
         "--mapping_model",
@@ -192,7 +192,7 @@ def main(argv: Sequence[str]) -> None:
     stage1.run(args["stage1"])
     map_regions.run(args["map_regions"])
     stage2.run(args["stage2"])
-    ceiling = {"supervision": "labels", "output_dir": str(run_dir / "ceiling"), "push_to_hub": False}
+    ceiling = {"supervision": "labels", "output_dir": str(run_dir / "ceiling" / "stage2"), "push_to_hub": False}
     stage2.run(replace(args["stage2"], **ceiling))
     if start().is_main_process:
         metrics = evaluate(args, run_dir)

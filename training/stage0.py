@@ -1,6 +1,9 @@
 """Stage 0: a one-to-one VLM of the corpus, image against whole text. Its result is the baseline CLIP-FT-Img.
 
 accelerate launch training/stage0.py --config training/configs/quickstart.yaml
+
+With `--align regions` every region is held against the whole text instead (CLIP-FT-Reg), and `--num_epochs 0` keeps the
+VLM as it starts (CLIP-ZS).
 """
 
 import json
@@ -8,20 +11,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from arguments import TrainingArguments, read_arguments
+from arguments import read_arguments
 from artifacts import fingerprint_of_model, is_finished
+from contrast import ContrastArguments, contrastive_loss, ids_of_texts
 from datasets_scripts.loading import Collator
 from datasets_scripts.schema import attribute_names
-from gather import gather_with_gradient
 from hub import local_folder
 from loop import Objective, identity, make_accelerator, train
 from modeling_villa import VillaClipConfig, VillaClipModel, VillaImageProcessor, VillaProcessor
-from modeling_villa.losses_villa import clip_contrastive_loss
+from modeling_villa.configuration_villa import REGION_SOURCES
 from stage import fingerprints, load_splits, save_model, send_model
 from texts import tokenize, train_tokenizer
 
@@ -29,7 +32,7 @@ STAGE = "stage0"
 
 
 @dataclass
-class Stage0Arguments(TrainingArguments):
+class Stage0Arguments(ContrastArguments):
     """Stage 0: start from a VLM (`--vlm`), or make one from scratch with the fields below it."""
 
     stage = STAGE
@@ -54,20 +57,36 @@ class Stage0Arguments(TrainingArguments):
     text: str = field(
         default="full", metadata={"help": "the text tower: frozen (the paper) or full", "choices": ["frozen", "full"]}
     )
+    align: str = field(
+        default="images",
+        metadata={
+            "help": "what is held against a whole text: images (CLIP-FT-Img), or every region (CLIP-FT-Reg)",
+            "choices": ["images", "regions"],
+        },
+    )
+    region_source: str | None = field(
+        default=None,
+        metadata={"help": "regions by roi (RoIAlign) or crop; default: the VLM's, else roi", "choices": REGION_SOURCES},
+    )
 
 
 class ImageTextObjective(Objective):
-    """Whole images against whole texts, bidirectional InfoNCE over all processes' batches."""
+    """Whole images, or every region, against whole texts."""
 
-    def __init__(self, model: VillaClipModel) -> None:
+    def __init__(self, model: VillaClipModel, args: Stage0Arguments) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.args = model, args
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
-        images = normalize(self.model.vision_model(batch["pixel_values"]).image_embeds, dim=-1)
         texts = self.model.get_text_features(batch["input_ids"], batch["attention_mask"])
-        images, texts = gather_with_gradient(images), gather_with_gradient(texts)
-        return clip_contrastive_loss(images, texts, self.model.logit_scale.exp())
+        text_ids, mask = batch["text_ids"], batch["region_mask"]
+        if self.args.align == "regions":
+            regions = self.model.vision_model(batch["pixel_values"], batch["boxes"], mask, embed_images=False)
+            visual, image = regions.region_embeds[mask], mask.nonzero()[:, 0]
+            texts, text_ids = texts[image], text_ids[image]
+        else:
+            visual = self.model.vision_model(batch["pixel_values"]).image_embeds
+        return contrastive_loss(visual, texts, text_ids, self.model.logit_scale.exp(), self.args)
 
 
 class ImageTextCollator(Collator):
@@ -75,6 +94,7 @@ class ImageTextCollator(Collator):
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().__call__(examples)
+        batch["text_ids"] = ids_of_texts(batch["text"], torch.eye(len(examples)))
         return {**batch, **tokenize(self.processor.tokenizer, batch["text"])}
 
 
@@ -82,12 +102,15 @@ def build_vlm(args: Stage0Arguments, dataset: Dataset) -> tuple[VillaClipModel, 
     """The VLM that Stage 0 starts from, with its processor."""
     if args.vlm:
         vlm = local_folder(args.vlm)
-        return VillaClipModel.from_pretrained(vlm), VillaProcessor.from_pretrained(vlm)
+        model = VillaClipModel.from_pretrained(vlm)
+        model.config.vision_config.region_source = args.region_source or model.config.vision_config.region_source
+        return model, VillaProcessor.from_pretrained(vlm)
     tokenizer = train_tokenizer(dataset["text"], args.vocab_size, args.max_text_length)
     config = VillaClipConfig(
         vision_config={
             "backbone": args.backbone,
             "backbone_kwargs": json.loads(args.backbone_kwargs),
+            "region_source": args.region_source or "roi",
             "region_head": args.region_head,
             "region_stage": args.region_stage,
             "roi_size": args.roi_size,
@@ -128,7 +151,7 @@ def run(args: Stage0Arguments) -> Path:
     model.text_model.requires_grad_(args.text == "full")
     model.logit_scale.requires_grad_(args.learn_temperature)
     collate = ImageTextCollator(processor, len(attribute_names(splits["train"])))
-    model = train(accelerator, ImageTextObjective(model), splits, collate, args, output_dir, made_from)
+    model = train(accelerator, ImageTextObjective(model, args), splits, collate, args, output_dir, made_from)
     save_model(output_dir / "model", model, processor, meta)
     return send_model(args, output_dir / "model", splits)
 

@@ -14,18 +14,16 @@ import torch
 from accelerate.utils import set_seed
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from arguments import read_arguments
 from artifacts import check_made_for, fingerprint_of_model, fingerprint_of_strings, is_finished
+from contrast import ContrastArguments, contrastive_loss, ids_of_texts
 from datasets_scripts.loading import Collator
 from datasets_scripts.schema import attribute_names, attribute_prompts
-from gather import gather_with_gradient
 from hub import local_folder, open_artifact
 from loop import Objective, identity, make_accelerator, train
 from lora import TRAINED, LoraArguments, add_adapter, import_peft, keep_statistics, save_adapter
 from modeling_villa import VillaClipModel, VillaMappingModel, VillaProcessor
-from modeling_villa.losses_villa import clip_contrastive_loss
 from stage import fingerprints, load_splits, save_model, send_model
 from texts import FrozenTexts, RegionTexts, tokenize
 
@@ -34,7 +32,7 @@ PAIRS = "assigned_attributes"
 
 
 @dataclass
-class Stage2Arguments(LoraArguments):
+class Stage2Arguments(LoraArguments, ContrastArguments):
     """Stage 2: a VLM, the pairs, and how a region's text is made."""
 
     stage = STAGE
@@ -85,9 +83,9 @@ class Stage2Arguments(LoraArguments):
 class RegionTextObjective(Objective):
     """Regions against the texts of their attributes, and whole images, one more region each, against whole texts."""
 
-    def __init__(self, model: VillaClipModel, frozen_texts: FrozenTexts | None) -> None:
+    def __init__(self, model: VillaClipModel, frozen_texts: FrozenTexts | None, args: Stage2Arguments) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.args = model, args
         self.frozen_texts = frozen_texts
 
     def train(self, mode: bool = True) -> "RegionTextObjective":
@@ -110,9 +108,7 @@ class RegionTextObjective(Objective):
         texts = self.embed_texts(batch, "text")
         if len(image):
             texts = torch.cat([batch["sentence_weights"] @ self.embed_texts(batch, "region_sentences"), texts])
-        visual = gather_with_gradient(normalize(visual, dim=-1))
-        texts = gather_with_gradient(normalize(texts, dim=-1))
-        return clip_contrastive_loss(visual, texts, self.model.logit_scale.exp())
+        return contrastive_loss(visual, texts, batch["text_ids"], self.model.logit_scale.exp(), self.args)
 
 
 def append_whole_image(pixel_values: Tensor, boxes: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,6 +138,8 @@ class RegionTextCollator(Collator):
         batch = super().__call__(examples)
         sentences, weights, where = self.texts(examples, batch.pop(self.column))
         batch |= {"region_sentences": sentences, "sentence_weights": weights, "paired_regions": where}
+        whole = ids_of_texts(batch["text"], torch.eye(len(examples)))
+        batch["text_ids"] = torch.cat([ids_of_texts(sentences, weights), whole])
         if self.tokens:
             tokenizer = self.processor.tokenizer
             batch["text_tokens"] = dict(tokenize(tokenizer, batch["text"]))
@@ -244,7 +242,7 @@ def run(args: Stage2Arguments) -> Path:
         add_adapter(model, *split_towers(args, model), args)
     texts = RegionTexts([prompts[name] for name in names], args.region_text)
     collate = RegionTextCollator(processor, len(names), column, texts, tokens=frozen is None)
-    model = train(accelerator, RegionTextObjective(model, frozen), splits, collate, args, output_dir, made_from)
+    model = train(accelerator, RegionTextObjective(model, frozen, args), splits, collate, args, output_dir, made_from)
     save_adapter(output_dir, model, processor)
     save_model(output_dir / "model", model, processor, meta)
     return send_model(args, output_dir / "model", splits)
