@@ -77,3 +77,34 @@ def served(tmp_path, monkeypatch):
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub, and the client of this process ready for it: online, without Xet, no connection kept from before."""
+    from huggingface_hub import close_session, constants
+    from local_hub import LocalHub
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    close_session()
+    with LocalHub() as hub:
+        yield hub
+    close_session()
+
+
+@pytest.fixture
+def api(hub):
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=hub.url, token=hub.token)
+
+
+@pytest.fixture
+def repo(api):
+    """One regular file and one LFS object on main of hub_helpers.REPO; its commit's id."""
+    from hub_helpers import REPO, WEIGHTS, add
+
+    api.create_repo(REPO)
+    return add(api, **{"config.json": b"{}", "model.safetensors": WEIGHTS})

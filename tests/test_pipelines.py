@@ -9,17 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from pipeline_helpers import (
-    BOXES,
-    CLASSIFICATION,
-    DETECTION,
-    LABELS,
-    MAPPING,
-    SIZES,
-    assert_same,
-    corners,
-    picture,
-)
+from pipeline_helpers import BOXES, CLASSIFICATION, DETECTION, LABELS, MAPPING, SIZES, assert_same, corners, picture
 from tiny_models import WORDS, make_processor
 from transformers import (
     OwlViTConfig,
