@@ -7,16 +7,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from tiny_models import TEXT, VISION
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-)
+from tiny_models import SPECIAL, TEXT, VISION, make_tokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
 from transformers.integrations.accelerate import infer_auto_device_map
 
 from modeling_villa import (
@@ -228,15 +220,7 @@ def test_sharded_safetensors(tmp_path, backbone, kind):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_everything_from_one_folder(tmp_path, kind):
-    words = ["<start>", "<pad>", "<unk>", "<end>", "a", "red", "thing"]
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    raw.post_processor = processors.TemplateProcessing(
-        single="<start> $A <end>", special_tokens=[("<start>", 0), ("<end>", 3)]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token="<end>", pad_token="<pad>", unk_token="<unk>", model_max_length=5
-    )
+    tokenizer = make_tokenizer([*SPECIAL, "a", "red", "thing"], 5, eos_token="<end>", unk_token="<unk>")
     processor = VillaProcessor(VillaImageProcessor(size={"height": 32, "width": 24}), tokenizer)
     model = build(kind, "swin", backbone_kwargs={**SWIN, "img_size": [32, 24]})
     model.save_pretrained(tmp_path)

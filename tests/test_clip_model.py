@@ -5,10 +5,9 @@ import math
 import pytest
 import timm
 import torch
-from tiny_models import TEXT, VISION, VLM
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tiny_models import SPECIAL, TEXT, VISION, VLM, make_tokenizer
 from torch.nn.functional import normalize
-from transformers import AutoModel, PreTrainedTokenizerFast
+from transformers import AutoModel
 
 from modeling_villa import VillaClipConfig, VillaClipModel, VillaMappingConfig, VillaMappingModel, VillaVisionModel
 from modeling_villa.losses_villa import clip_contrastive_loss
@@ -39,14 +38,8 @@ def batch():
 
 @pytest.fixture
 def tokenizer():
-    words = ["<start>", "<pad>", "<unk>", "<end>", "a", "photo", "of", "the"]
-    words += ["red", "blue", "round", "thing", "in", "it"]
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    raw.post_processor = processors.TemplateProcessing(
-        single="<start> $A <end>", special_tokens=[("<start>", 0), ("<end>", 3)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", model_max_length=8)
+    words = [*SPECIAL, "a", "photo", "of", "the", "red", "blue", "round", "thing", "in", "it"]
+    return make_tokenizer(words, 8)
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_pipelines import BOXES, LABELS, picture, save_clip, save_mapping, serve
+from pipeline_helpers import BOXES, LABELS, picture
+from tiny_models import save_clip, save_mapping
 
 from modeling_villa import handler, proposals_villa
 from modeling_villa.handler import EndpointHandler
@@ -21,21 +22,13 @@ PARAMETERS = {"candidate_labels": LABELS}
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return EndpointHandler(save_clip(tmp_path_factory.mktemp("clip")))
+def clip(clip_folder):
+    return EndpointHandler(clip_folder)
 
 
 @pytest.fixture(scope="module")
-def mapping(tmp_path_factory):
-    return EndpointHandler(save_mapping(tmp_path_factory.mktemp("mapping")))
-
-
-@pytest.fixture
-def served(tmp_path, monkeypatch):
-    """A folder and its URL."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serve(tmp_path) as url:
-        yield tmp_path, url
+def mapping(mapping_folder):
+    return EndpointHandler(mapping_folder)
 
 
 def encode(image, format="PNG", **more):

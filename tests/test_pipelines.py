@@ -1,109 +1,27 @@
-"""Pipelines: scores against direct calls of the models, batches against singles, every kind of input, bad input."""
+"""Zero-shot pipelines against direct calls of the models, and what the mapping pipeline has in common with them."""
 
 import base64
 import math
-import threading
-from contextlib import contextmanager
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import VLM
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from pipeline_helpers import BOXES, CLASSIFICATION, DETECTION, LABELS, MAPPING, SIZES, assert_same, corners, picture
+from tiny_models import WORDS, make_processor
 from transformers import (
     OwlViTConfig,
     OwlViTForObjectDetection,
     OwlViTImageProcessor,
-    PreTrainedTokenizerFast,
     ZeroShotObjectDetectionPipeline,
     pipeline,
 )
 
-from modeling_villa import (
-    VillaClipConfig,
-    VillaClipModel,
-    VillaImageProcessor,
-    VillaMappingConfig,
-    VillaMappingModel,
-    VillaProcessor,
-    proposals_villa,
-)
-from modeling_villa.pipeline_villa import (
-    RegionAttributeMappingPipeline,
-    VillaZeroShotObjectDetectionPipeline,
-    draw_regions,
-    find_attributes,
-)
+from modeling_villa import proposals_villa
+from modeling_villa.pipeline_villa import VillaZeroShotObjectDetectionPipeline
 from modeling_villa.proposals_villa import RpnProposer, grid_boxes
-
-DETECTION, CLASSIFICATION, MAPPING = (
-    "zero-shot-object-detection",
-    "zero-shot-image-classification",
-    "region-attribute-mapping",
-)
-WORDS = ["<start>", "<pad>", "<unk>", "<end>", "This", "is", "a", "photo", "of", ".", "red", "blue", "green", "car"]
-LABELS = ["red car", "blue", "a green car"]
-ATTRIBUTES = ["red", "blue", "dark red", "round", "large"]
-GROUPS = {"colour": ["red", "blue", "dark red"]}
-BOXES = [[0, 0, 60, 40], [10.7, 5.2, 30.9, 25], [30, 0, 59, 12]]
-SIDES = ("xmin", "ymin", "xmax", "ymax")
-
-
-def picture(width=60, height=40, seed=0):
-    """Noise over a gradient, so that regions differ from each other."""
-    noise = np.random.default_rng(seed).integers(0, 128, (height, width, 3))
-    slope = np.linspace(0, 127, width)[None, :, None] * np.array([1, 0, -1]) % 128
-    return Image.fromarray((noise + slope).astype(np.uint8))
-
-
-def make_tokenizer(words=WORDS):
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    raw.post_processor = processors.TemplateProcessing(
-        single="<start> $A <end>", special_tokens=[(word, words.index(word)) for word in ("<start>", "<end>")]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="<pad>",
-        model_max_length=16,
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
-def make_processor():
-    return VillaProcessor(VillaImageProcessor(size={"height": 32, "width": 32}), make_tokenizer())
-
-
-def save_clip(folder):
-    torch.manual_seed(0)
-    VillaClipModel(VillaClipConfig(**VLM)).save_pretrained(folder)
-    make_processor().save_pretrained(folder)
-    return str(folder)
-
-
-def save_mapping(folder):
-    torch.manual_seed(0)
-    config = VillaMappingConfig(vlm_config=VLM, attributes=ATTRIBUTES, attribute_groups=GROUPS)
-    model = VillaMappingModel(config)
-    model.set_attribute_embeds(ATTRIBUTES, torch.randn(len(ATTRIBUTES), 32))
-    model.save_pretrained(folder)
-    make_processor().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    return save_clip(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(scope="module")
-def mapping_folder(tmp_path_factory):
-    return save_mapping(tmp_path_factory.mktemp("mapping"))
 
 
 @pytest.fixture(scope="module")
@@ -115,34 +33,7 @@ def detector(clip_folder):
 
 @pytest.fixture(scope="module")
 def mapper(mapping_folder):
-    found = pipeline(MAPPING, model=mapping_folder, device="cpu")
-    assert type(found) is RegionAttributeMappingPipeline
-    return found
-
-
-@contextmanager
-def serve(folder):
-    """Gives the URL at which a server of this process shows the folder."""
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-@pytest.fixture
-def served(tmp_path, monkeypatch):
-    """A folder and its URL."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serve(tmp_path) as url:
-        yield tmp_path, url
+    return pipeline(MAPPING, model=mapping_folder, device="cpu")
 
 
 def every_kind(image, served):
@@ -153,22 +44,6 @@ def every_kind(image, served):
     image.save(buffer, format="PNG")
     path = folder / "image.png"
     return [image, str(path), Path(path), f"{url}/image.png", base64.b64encode(buffer.getvalue()).decode()]
-
-
-def assert_same(found, expected, tolerance=1e-5):
-    """Equal in structure, texts and whole numbers, and near in scores."""
-    assert type(found) is type(expected)
-    if isinstance(expected, dict):
-        assert list(found) == list(expected)
-        found, expected = list(found.values()), list(expected.values())
-    if isinstance(expected, list):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
-            assert_same(one, other, tolerance)
-    elif isinstance(expected, float):
-        assert found == pytest.approx(expected, abs=tolerance)
-    else:
-        assert found == expected
 
 
 @torch.no_grad()
@@ -194,8 +69,7 @@ def slow_detections(model, image, boxes, labels, template="This is a photo of {}
     found = []
     for box, row in zip(boxes, cosines, strict=True):
         for label, score in zip(labels, softmax([scale * cosine for cosine in row]), strict=True):
-            corners = dict(zip(SIDES, (int(side) for side in box), strict=True))
-            found.append({"score": score, "label": label, "box": corners})
+            found.append({"score": score, "label": label, "box": corners(box)})
     return sorted(found, key=lambda result: -result["score"])
 
 
@@ -238,9 +112,6 @@ def test_one_pass_serves_all_regions_and_labels(detector, monkeypatch):
     calls.clear()
     detector([picture(seed=i) for i in range(3)], candidate_labels=LABELS, batch_size=3)
     assert sorted(calls) == ["text_model", "vision_model"]
-
-
-SIZES = [(60, 40), (20, 33), (41, 41), (90, 15), (12, 70)]
 
 
 def ragged():
@@ -337,7 +208,9 @@ def test_other_models_get_the_pipeline_of_transformers():
     torch.manual_seed(0)
     parts = {
         "model": OwlViTForObjectDetection(OwlViTConfig(text_config=text, vision_config=vision, projection_dim=16)),
-        "tokenizer": make_tokenizer(["<none>", *WORDS]),  # OWL-ViT takes a text that starts with 0 for padding
+        "tokenizer": make_processor(
+            ["<none>", *WORDS]
+        ).tokenizer,  # OWL-ViT takes a text that starts with 0 for padding
         "image_processor": OwlViTImageProcessor(size={"height": 32, "width": 32}),
         "device": "cpu",
     }
@@ -362,147 +235,6 @@ def test_classification_is_the_standard_one(clip_folder):
     )
     assert_same(classifier(picture(), candidate_labels=LABELS), expected)
     assert_same(classifier([picture()] * 3, candidate_labels=LABELS, batch_size=2), [expected] * 3)
-
-
-@torch.no_grad()
-def slow_scores(model, image, boxes):
-    """One region at a time: a list of cosines per region."""
-    rows = []
-    for box in boxes:
-        inputs = make_processor()(image, boxes=[box])
-        rows.append(model(**inputs).scores[0, 0].tolist())
-    return rows
-
-
-def slow_mapping(model, image, boxes, stated, epsilon=0.2, inverted=False, groups=GROUPS):
-    """The definition of the assignment, pair by pair."""
-    scores = slow_scores(model, image, boxes)
-    regions = []
-    for r, box in enumerate(boxes):
-        kept = []
-        for k, name in enumerate(ATTRIBUTES):
-            if name not in stated:
-                continue
-            rivals = [scores[r][ATTRIBUTES.index(n)] for n in stated] if inverted else [row[k] for row in scores]
-            if scores[r][k] > max(rivals) - epsilon:
-                kept.append({"label": name, "score": scores[r][k]})
-        for group in groups.values():
-            members = sorted((a for a in kept if a["label"] in group), key=lambda a: -a["score"])
-            kept = [a for a in kept if a not in members[1:]]
-        kept.sort(key=lambda attribute: -attribute["score"])
-        regions.append({"box": dict(zip(SIDES, (int(side) for side in box), strict=True)), "attributes": kept})
-    return regions
-
-
-def test_mapping_follows_the_definition(mapper):
-    image, stated = picture(), ["blue", "red", "round"]
-    slow = partial(slow_mapping, mapper.model, image, BOXES)
-    scores = np.array(slow_scores(mapper.model, image, BOXES))
-    assert np.ptp(scores, axis=0).max() > 1e-3  # regions differ
-    seen = set()
-    for epsilon in (1e-6, 0.02, 0.2, 3.0):
-        for inverted, mode in ((False, "attributes_to_regions"), (True, "regions_to_attributes")):
-            expected = slow(stated, epsilon, inverted)
-            assert_same(mapper(image, boxes=BOXES, attributes=stated, epsilon=epsilon, mode=mode), expected)
-            seen.add(str([[a["label"] for a in region["attributes"]] for region in expected]))
-        expected = slow(stated, epsilon, groups={})
-        assert_same(mapper(image, boxes=BOXES, attributes=stated, epsilon=epsilon, exclusive_groups=False), expected)
-    assert len(seen) > 2
-    assert_same(mapper(image, boxes=BOXES, attributes=stated), slow(stated))
-    assert_same(mapper(image, boxes=BOXES), slow(ATTRIBUTES, inverted=True))
-
-
-def test_text_stands_for_the_attributes_that_it_names(mapper):
-    stated = partial(mapper, picture(), boxes=BOXES, epsilon=3.0, exclusive_groups=False)
-    assert stated(text="A Large, round car.") == stated(attributes=["round", "large"])
-    assert stated(text="A Large, round car.") != stated(attributes=["round"])
-    assert stated(attributes="round") == stated(attributes=["round"])
-    assert [len(region["attributes"]) for region in stated()] == [5, 5, 5]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("RED", ["red"]),
-        ("reddish, bored, red_ and redder; blue", ["blue"]),
-        ("a dark\n  red car", ["red", "dark red"]),
-        ("(round)", ["round"]),
-        ("round-large/blue.", ["blue", "round", "large"]),
-    ],
-)
-def test_whole_words(text, expected):
-    assert [ATTRIBUTES[k] for k in find_attributes(text, ATTRIBUTES)] == expected
-
-
-def test_names_with_signs():
-    assert find_attributes("It is C++ (new).", ["c", "c++", "(new)", "new"]) == [0, 1, 2, 3]
-    assert find_attributes("a+b", ["a+b", "a.b"]) == [0]
-
-
-def test_threshold_of_the_mapping(mapper):
-    everything = mapper(picture(), boxes=BOXES, epsilon=3.0, exclusive_groups=False)
-    scores = sorted(a["score"] for region in everything for a in region["attributes"])
-    limit = scores[len(scores) // 2]
-    found = mapper(picture(), boxes=BOXES, epsilon=3.0, exclusive_groups=False, threshold=limit)
-    for region, other in zip(found, everything, strict=True):
-        assert region["attributes"] == [a for a in other["attributes"] if a["score"] > limit]
-    assert [region["box"] for region in found] == [region["box"] for region in everything]
-
-
-def test_mapping_in_batches_is_mapping_one_by_one(mapper):
-    images = [picture(*size, seed=i) for i, size in enumerate(SIZES)]
-    boxes = [grid_boxes(*size, cells=[i + 1]) for i, size in enumerate(SIZES)]
-    more = [{}, {"attributes": ["red"]}, {"text": "round and blue"}, {"attributes": ATTRIBUTES}, {}]
-    items = [{"image": image, "boxes": b, **m} for image, b, m in zip(images, boxes, more, strict=True)]
-    expected = [mapper(item) for item in items]
-    for item, regions in zip(items, expected, strict=True):
-        stated = item.get("attributes") or (["round", "blue"] if "text" in item else ATTRIBUTES)
-        inverted = "attributes" not in item and "text" not in item
-        slow = slow_mapping(mapper.model, item["image"], item["boxes"].tolist(), stated, inverted=inverted)
-        assert_same(regions, slow)
-    assert [len(regions) for regions in expected] == [1, 4, 9, 16, 25]
-    for batch_size in (1, 2, 5, 8):
-        for inputs in (items, (item for item in items)):
-            assert_same(list(mapper(inputs, batch_size=batch_size)), expected)
-    texts = ["red", "blue red", "ROUND", "large", "dark red"]
-    expected = [mapper(image, boxes=b, text=text) for image, b, text in zip(images, boxes, texts, strict=True)]
-    assert_same(mapper(images, boxes=boxes, text=texts, batch_size=2), expected)
-    names = [["red"], ["blue", "red"], ["round"], ["large"], ["red", "dark red"]]
-    assert_same(mapper(images, boxes=boxes, attributes=names, batch_size=5), expected)
-    expected = [mapper(image, attributes=["red", "round"]) for image in images]
-    assert_same(mapper(images, attributes=["red", "round"], batch_size=2), expected)
-    assert mapper([]) == []
-
-
-def test_drawing(mapper):
-    image = picture(120, 90)
-    before = np.array(image)
-    boxes = [[10, 20, 70, 85], [80, 5, 118, 40]]
-    plain = mapper(image, boxes=boxes, attributes=["red"], epsilon=1e-6)
-    found = mapper(image, boxes=boxes, attributes=["red"], epsilon=1e-6, draw=True)
-    assert set(found) == {"regions", "image"} and found["regions"] == plain
-    assert found["image"].size == (120, 90) and (np.array(image) == before).all()
-    changed = (np.array(found["image"]) != before).any(-1)
-    near = np.zeros((90, 120), dtype=bool)
-    for x0, y0, x1, y1 in boxes:
-        rim = np.zeros((90, 120), dtype=bool)
-        rim[y0:y1, x0:x1] = True
-        rim[y0 + 1 : y1 - 1, x0 + 1 : x1 - 1] = False
-        assert changed[rim].mean() > 0.98
-        near[y0:y1, x0:] = True  # a text may be wider than its box
-    assert not changed[~near].any()
-    inside = [changed[y0 + 2 : y1 - 2, x0 + 2 : x1 - 2].any() for x0, y0, x1, y1 in boxes]
-    assert inside == [bool(region["attributes"]) for region in plain] and set(inside) == {True, False}
-    batch = mapper([image, image], boxes=[boxes, boxes[:1]], attributes=["red"], draw=True, batch_size=2)
-    assert [len(one["regions"]) for one in batch] == [2, 1] and batch[1]["image"].size == (120, 90)
-
-
-def test_drawing_a_region_of_no_pixel():
-    black = Image.new("RGB", (9, 9))
-    region = {"box": dict(zip(SIDES, (3, 4, 3, 4), strict=True)), "attributes": []}
-    changed = np.array(draw_regions(black, [region])).any(-1)
-    assert changed[4, 3] and changed.sum() <= 2
-    assert not np.array(black).any()
 
 
 BAD_FOR_BOTH = [
@@ -553,33 +285,9 @@ def test_bad_input_of_the_detection(detector, change, message):
         detector(picture(), **{"candidate_labels": LABELS, **change})
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"attributes": ["redd"]}, r"Unknown attribute 'redd': not in the vocabulary of 5; nearest: \['red'"),
-        ({"attributes": []}, r"attributes: found \[\], expected at least one name"),
-        ({"attributes": 7}, "attributes: found 7, expected at least one name"),
-        ({"attributes": ["red"], "text": "red"}, r"attributes, text: found both \(\['red'\], 'red'\)"),
-        ({"text": "a car"}, r"text: found none of the vocabulary's 5 attributes \(red, blue, .*large\) in 'a car'"),
-        ({"text": 7}, "text: found 7, expected a string"),
-        ({"epsilon": 0}, "epsilon: found 0, expected a finite number above 0"),
-        ({"mode": "both"}, "mode: found 'both', expected one of"),
-        ({"candidate_labels": ["red"]}, "Unknown keyword 'candidate_labels'"),
-    ],
-)
-def test_bad_input_of_the_mapping(mapper, change, message):
-    with pytest.raises(ValueError, match=message):
-        mapper(picture(), **change)
-
-
 def test_a_broken_url_is_named(detector, served):
     with pytest.raises(ValueError, match=r"image: found 'http://127.0.0.1:\d+/none.png', expected"):
         detector(f"{served[1]}/none.png", candidate_labels=LABELS)
-
-
-def test_mapping_needs_a_mapping_model(clip_folder):
-    with pytest.raises(ValueError, match="needs a VillaMappingModel, got a model of type 'villa_clip'"):
-        pipeline(MAPPING, model=clip_folder)
 
 
 def test_half_precision(clip_folder, mapping_folder, detector, mapper):

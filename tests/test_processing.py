@@ -4,29 +4,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
+from tiny_models import SPECIAL, make_tokenizer
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from modeling_villa import VillaClipConfig, VillaImageProcessor, VillaProcessor
 
 
 @pytest.fixture
 def processor():
-    words = ["<start>", "<pad>", "<unk>", "<end>", "a", "red", "car", "and"]
-    words += ["two", "blue", "ones", "on", "the", "road"]
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    raw.post_processor = processors.TemplateProcessing(
-        single="<start> $A <end>", special_tokens=[("<start>", 0), ("<end>", 3)]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        bos_token="<start>",
-        eos_token="<end>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        model_max_length=6,
-    )
+    words = [*SPECIAL, "a", "red", "car", "and", "two", "blue", "ones", "on", "the", "road"]
+    tokenizer = make_tokenizer(words, 6, bos_token="<start>", eos_token="<end>", unk_token="<unk>")
     return VillaProcessor(VillaImageProcessor(size={"height": 32, "width": 32}), tokenizer)
 
 
