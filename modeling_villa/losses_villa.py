@@ -149,7 +149,7 @@ def contrastive_targets(
         label_smoothing: alpha, in [0, 1); PyramidCLIP's is 0.2.
 
     Returns:
-        (N, N) float32, symmetric, rows that sum to 1, or None for the identity; (N, N) bool, or None for no pair.
+        (N, N) float32, rows that sum to 1, or None for the identity; (N, N) bool, or None for no pair.
 
     Raises:
         ValueError: `text_ids` is not a vector of integers, or an option is not one of those above.

@@ -107,6 +107,35 @@ def test_regions_are_crops_of_the_map_where_cells_and_boxes_agree():
 
 
 @torch.no_grad()
+def test_a_crop_is_embedded_as_an_image_of_its_own():
+    """Where a box is half as wide and high, RoIAlign at stride 1 is bilinear interpolation to twice its size."""
+    model = tiny(region_source="crop")
+    shake_batchnorm(model)
+    pixels = torch.randn(2, 3, 64, 64)
+    boxes = torch.tensor([[[0, 0, 64, 64], [16, 8, 48, 40]], [[0, 32, 32, 64], [0] * 4]]).float()
+    mask = torch.tensor([[True, True], [True, False]])
+    found = model(pixels, boxes, mask)
+    torch.testing.assert_close(found.region_embeds[0, 0], found.image_embeds[0])
+    assert (found.region_embeds[1, 1] == 0).all()
+    crop = torch.nn.functional.interpolate(pixels[:1, :, 8:40, 16:48], scale_factor=2, mode="bilinear")
+    # The outermost pixels see beyond the box, which interpolation of the cut piece can't.
+    seen = []
+    model.get_feature_map = lambda crops: seen.append(crops) or type(model).get_feature_map(model, crops)
+    alone = model(pixels, boxes, mask, embed_images=False)
+    assert alone.image_embeds is None and len(seen) == 1 and seen[0].shape == (3, 3, 64, 64)
+    torch.testing.assert_close(seen[0][1, :, 1:-1, 1:-1], crop[0, :, 1:-1, 1:-1])
+    torch.testing.assert_close(alone.region_embeds, found.region_embeds)
+    none = model(pixels, boxes, torch.zeros_like(mask)).region_embeds
+    assert none.shape == (2, 2, 12) and (none == 0).all()
+    assert not torch.allclose(tiny(region_source="roi")(pixels, boxes, mask).region_embeds, found.region_embeds)
+
+
+def test_an_unknown_region_source_is_refused():
+    with pytest.raises(ValueError, match=r'region_source must be "roi" or "crop", got \'box\''):
+        tiny(region_source="box")
+
+
+@torch.no_grad()
 def test_padding_is_zero_and_changes_nothing():
     model = tiny()
     shake_batchnorm(model)

@@ -67,9 +67,7 @@ class TrainingArguments(StageArguments):
     """What every training stage needs besides: the loop."""
 
     num_epochs: float = field(default=10, metadata={"help": "passes over the data; may be a fraction, or 0 for none"})
-    max_steps: int | None = field(
-        default=None, metadata={"help": "stop after so many updates instead of epochs"}
-    )
+    max_steps: int | None = field(default=None, metadata={"help": "stop after so many updates instead of epochs"})
     batch_size: int = field(default=64, metadata={"help": "images per process and backward pass"})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "backward passes per update"})
     learning_rate: float = field(default=1e-3, metadata={"help": "AdamW's peak learning rate"})
