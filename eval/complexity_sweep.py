@@ -35,6 +35,11 @@ class SweepArguments(Table3Arguments):
         metadata={"help": "region-attribute pairs of an image, on average"},
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.complexities or len(set(self.complexities)) < len(self.complexities):
+            raise ValueError(f"complexities must be distinct numbers, at least one; got {self.complexities}.")
+
 
 def draw(path: Path, curves: dict[str, dict[float, list[Metrics]]]) -> None:
     """One panel per direction, one line per method, the seeds' standard deviation as bars."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from report import read_arguments
 from retrieval import RetrievalArguments
 from retrieval import main as retrieve
-from tables import Metrics, Runs, TableArguments, draw_bars, markdown, summarise, write
+from tables import Metrics, Runs, TableArguments, draw_bars, markdown, method_config, summarise, write
 
 TITLES = {
     "clip_zs": "CLIP-ZS",
@@ -38,6 +38,11 @@ class Table3Arguments(TableArguments):
     methods: list[str] = field(
         default_factory=lambda: list(TITLES), metadata={"help": "names of files in training/configs/methods"}
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for method in self.methods:
+            method_config(method)
 
 
 def run_methods(args: Table3Arguments, runs: Runs, seed: int) -> dict[str, Metrics]:

@@ -30,6 +30,16 @@ def test_section_wins_over_top_and_command_line_over_both(tmp_path):
     assert read(tmp_path, text, stage="embed_regions").batch_size == 3
 
 
+def test_the_later_of_several_configs_wins(tmp_path):
+    (tmp_path / "over.yaml").write_text("seed: 2\nstage0: {num_epochs: 7}\n")
+    text = "seed: 1\nstage0: {batch_size: 4, num_epochs: 5, weight_decay: 0.5}\n"
+    args = read(tmp_path, text, "--config", tmp_path / "over.yaml", "--weight_decay", 0.1)
+    assert (args.seed, args.batch_size, args.num_epochs, args.weight_decay) == (2, 4, 7.0, 0.1)
+    (tmp_path / "over.yaml").write_text("stage0: {num_epoch: 7}\n")
+    with pytest.raises(ValueError, match=r"over\.yaml: section 'stage0' has unknown fields \['num_epoch'\]"):
+        read(tmp_path, text, f"--config={tmp_path / 'over.yaml'}")
+
+
 def test_values_have_their_types(tmp_path):
     text = """
 learning_rate: 1e-3
