@@ -45,7 +45,8 @@ class LocalHub:
         token, read_token: a token that may write, and one that may only read.
         requests: (method, path) of everything that arrived, answered or not, in order; clear it at will.
         delay: seconds that each request waits.
-        fail_every: every n-th request, as `requests` counts them, is answered with `fail_status`; None for none.
+        fail_every: every n-th request, as `requests` counts them, is answered with `fail_status`, or each one for which a
+            function of (method, path) says so; None for none.
         die_in: which upload, LFS object or commit, is cut in mid-body, without an answer and without effect: the n-th
             from now on, once, or each one for which a function of (method, path) says so; None for none.
     """
@@ -110,6 +111,12 @@ class LocalHub:
 
     def is_private(self, repo_id, repo_type="model"):
         return self.repository(repo_id, repo_type).private
+
+    def fails_now(self, method, path):
+        """Whether it is this request's turn to fail."""
+        if callable(self.fail_every):
+            return self.fail_every(method, path)
+        return self.fail_every and len(self.requests) % self.fail_every == 0
 
     def dies_now(self, method, path):
         """Whether this upload is the one to cut."""
@@ -307,7 +314,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub, url = self.hub, urlsplit(self.path)
         with hub.lock:
             hub.requests.append((self.command, unquote(url.path)))
-            fails = hub.fail_every and len(hub.requests) % hub.fail_every == 0
+            fails = hub.fails_now(*hub.requests[-1])
         time.sleep(hub.delay)
         size = int(self.headers.get("Content-Length") or 0)
         if (self.command == "PUT" or "/commit/" in url.path) and hub.dies_now(self.command, unquote(url.path)):
