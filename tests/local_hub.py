@@ -45,8 +45,8 @@ class LocalHub:
         token, read_token: a token that may write, and one that may only read.
         requests: (method, path) of everything that arrived, answered or not, in order; clear it at will.
         delay: seconds that each request waits.
-        fail_every: every n-th request, as `requests` counts them, is answered with `fail_status`, or each one for which a
-            function of (method, path) says so; None for none.
+        fail_every: every n-th request, as `requests` counts them, is answered with `fail_status`, or each one for which
+            a function of (method, path) says so; None for none.
         die_in: which upload, LFS object or commit, is cut in mid-body, without an answer and without effect: the n-th
             from now on, once, or each one for which a function of (method, path) says so; None for none.
     """
