@@ -249,10 +249,11 @@ def test_nothing_is_fetched_over_a_model_here_or_for_a_run_that_starts_anew(hub,
     assert not hub.requests
 
 
-def test_a_hub_without_the_model_is_asked_once(hub, args, tmp_path, caplog):
+def test_a_hub_without_the_model_is_asked_once_and_nothing_said(hub, args, tmp_path, caplog):
     transfers.fetch_model(args, tmp_path / "there" / "model", META)
     transfers.open_branch(args, "stage1")
     transfers.fetch_model(args, tmp_path / "there" / "model", META)
+    transfers.fetch_model(arguments(tmp_path, "--hub_model_id", "org/a..b"), tmp_path / "there" / "model", META)
     assert not (tmp_path / "there").exists() and not caplog.records
     assert [path for _, path in hub.requests if path.endswith("/revision/stage1-final")] == [
         f"/api/models/{REPO}/revision/stage1-final"

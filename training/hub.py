@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 # huggingface_hub uses, OSError, and the RuntimeError that it makes of either when a large file does not get through.
 FAILURES: Any = (*HfHubHTTPError.__bases__, RuntimeError)
 FOR_GOOD = (401, 403, 404)
-OF_THE_HUB = ("checkpoints/*", ".gitattributes", "README.md", "*.png", ".eval_results/*")  # beside a pushed model
+OF_THE_HUB = ["checkpoints/*", ".gitattributes", "README.md", "*.png", ".eval_results/*"]  # beside a pushed model
 PATIENCE = 600  # seconds for an upload that is under way when training ends
 ATTEMPTS = 4  # huggingface_hub makes several of its own in each
 SILENCE = 30  # seconds that the Hub may take to say something
@@ -176,8 +176,9 @@ def fetch_model(args: StageArguments, folder: Path, meta: dict[str, Any]) -> Non
     def download() -> None:
         try:
             commit, names = _listing(repo_id, tag)
-        except FAILURES as error:
-            if _status(error) in FOR_GOOD:  # there is none; of a token that may not read, `open_branch` tells
+        except (*FAILURES, HFValidationError) as error:
+            # There is none there; of a token that may not read, or a name that can't be, `open_branch` tells.
+            if _status(error) in FOR_GOOD or isinstance(error, HFValidationError):
                 return
             raise
         if META_FILE not in names:
