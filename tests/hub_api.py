@@ -48,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
         hub, url = self.hub, urlsplit(self.path)
         with hub.lock:
             hub.requests.append((self.command, unquote(url.path)))
-            fails = hub.fail_every and len(hub.requests) % hub.fail_every == 0
+            fails = hub.fails_now(*hub.requests[-1])
         time.sleep(hub.delay)
         size = int(self.headers.get("Content-Length") or 0)
         if (self.command == "PUT" or "/commit/" in url.path) and hub.dies_now(self.command, unquote(url.path)):

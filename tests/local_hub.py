@@ -37,7 +37,8 @@ class LocalHub(Store):
         token, read_token: a token that may write, and one that may only read.
         requests: (method, path) of everything that arrived, answered or not, in order; clear it at will.
         delay: seconds that each request waits.
-        fail_every: every n-th request, as `requests` counts them, is answered with `fail_status`; None for none.
+        fail_every: every n-th request, as `requests` counts them, is answered with `fail_status`, or each one for which
+            a function of (method, path) says so; None for none.
         die_in: which upload, LFS object or commit, is cut in mid-body, without an answer and without effect: the n-th
             from now on, once, or each one for which a function of (method, path) says so; None for none.
     """
@@ -83,6 +84,12 @@ class LocalHub(Store):
             "NO_PROXY": ",".join(LOOPBACK),
             "no_proxy": ",".join(LOOPBACK),
         }
+
+    def fails_now(self, method, path):
+        """Whether it is this request's turn to fail."""
+        if callable(self.fail_every):
+            return self.fail_every(method, path)
+        return self.fail_every and len(self.requests) % self.fail_every == 0
 
     def dies_now(self, method, path):
         """Whether this upload is the one to cut."""

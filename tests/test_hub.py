@@ -264,6 +264,8 @@ def test_another_machine_goes_on_from_the_branch(hub, finished, tmp_path):
     process.wait()
     kept = [path for path in hub.files(REPO, "stage1") if path.endswith("progress.json")]
     assert len(kept) == 1
+    pushed = b"".join(hub.files(REPO, "stage1").values())
+    assert str(config.parent).encode() not in pushed and str(tmp_path).encode() not in pushed
     refused = run(hub, tmp_path, *stage1(config, there, *PUSH), code=1)
     assert f"fetched {kept[0].split('/')[1]} of {REPO}@stage1" in refused and "max_steps was 400, is now 6" in refused
     assert "resumed from" in run(hub, tmp_path, *stage1(config, there, *PUSH, "--max_steps", 400))
@@ -271,6 +273,17 @@ def test_another_machine_goes_on_from_the_branch(hub, finished, tmp_path):
     run(hub, tmp_path, *stage1(config, alone, "--max_steps", 400))
     assert weights(there) == weights(alone)
     assert read_log(there / "stage1") == read_log(alone / "stage1")
+
+
+def test_another_machine_fetches_a_finished_stage_from_the_branch(hub, finished, tmp_path):
+    config, origin = finished
+    here, there = (copy_of_run(origin, tmp_path / name, "stage0") for name in ("here", "there"))
+    run(hub, tmp_path, *stage1(config, here, *PUSH))
+    options = yaml.safe_load(config.read_text())["dataset_kwargs"]
+    elsewhere = json.dumps({**options, "cache_dir": str(tmp_path / "cache")})
+    printed = run(hub, tmp_path, *stage1(config, there, *PUSH, "--dataset_kwargs", elsewhere))
+    assert f"fetched the finished model of {REPO}@stage1-final" in printed and "skipped" in printed
+    assert weights(there) == weights(here) and not (there / "stage1" / "checkpoints").exists()
 
 
 def known_branches(hub):

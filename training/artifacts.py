@@ -91,17 +91,21 @@ def check_same(found: dict[str, Any], expected: dict[str, Any], where: str) -> N
     Raises:
         ValueError: naming each entry that differs, both values, and the two ways out.
     """
-    found, expected = json.loads(json.dumps(found)), json.loads(json.dumps(expected))
-    differing = [
-        f"{key} was {found.get(key)!r}, is now {expected.get(key)!r}"
-        for key in sorted(set(found) | set(expected))
-        if found.get(key) != expected.get(key)
-    ]
-    if differing:
+    if differing := differences(found, expected):
         raise ValueError(
             f"{where} was made with other arguments or inputs: {'; '.join(differing)}. "
             "Add --no_resume to replace it, or write elsewhere with --run_dir or --output_dir."
         )
+
+
+def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """What was kept and what is wanted now, one phrase per entry that differs."""
+    found, expected = json.loads(json.dumps(found)), json.loads(json.dumps(expected))
+    return [
+        f"{key} was {found.get(key)!r}, is now {expected.get(key)!r}"
+        for key in sorted(set(found) | set(expected))
+        if found.get(key) != expected.get(key)
+    ]
 
 
 def check_made_for(meta: dict[str, Any], folder: str | Path, **expected: Any) -> None:

@@ -1,6 +1,7 @@
 """Model cards: the template `model_card.md`, filled with what was trained on what and what it reaches."""
 
 import json
+import os
 import shlex
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -164,7 +165,7 @@ def config_of(args: StageArguments) -> dict[str, Any]:
 
 def public_name(name: str) -> str:
     """A Hub id as it is; of a path its last part."""
-    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+    return Path(name).name if os.path.isabs(name) or os.path.exists(name) else name
 
 
 def public_command(command: str) -> str:

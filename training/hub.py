@@ -12,17 +12,25 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from datasets import DatasetDict, load_dataset, load_from_disk
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    hf_hub_download,
+    set_client_factory,
+    snapshot_download,
+)
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RevisionNotFoundError
+from huggingface_hub.utils._http import default_client_factory
 
 from arguments import StageArguments, TrainingArguments
-from artifacts import META_FILE, read_meta, write_folder, write_meta
-from card import CardFacts, public_name, public_options, write_card
+from artifacts import META_FILE, differences, read_meta, write_folder
+from card import CardFacts, write_card
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +38,10 @@ logger = logging.getLogger(__name__)
 # huggingface_hub uses, OSError, and the RuntimeError that it makes of either when a large file does not get through.
 FAILURES: Any = (*HfHubHTTPError.__bases__, RuntimeError)
 FOR_GOOD = (401, 403, 404)
+OF_THE_HUB = ["checkpoints/*", ".gitattributes", "README.md", "*.png", ".eval_results/*"]  # beside a pushed model
 PATIENCE = 600  # seconds for an upload that is under way when training ends
 ATTEMPTS = 4  # huggingface_hub makes several of its own in each
+SILENCE = 30  # seconds that the Hub may take to say something
 
 
 class Uploads:
@@ -92,7 +102,7 @@ class Uploads:
     def _send(self, folder: Path) -> None:
         _persist(
             f"sending {folder.name} to {self.args.hub_model_id}@{self.branch}",
-            _upload(str(self.args.hub_model_id), self.branch, self.args.hub_private, folder, "checkpoints/"),
+            _upload(self.args, str(self.args.hub_model_id), self.branch, folder, "checkpoints/"),
             lambda: self._closed or self._waiting is not None,
         )
         shutil.rmtree(folder, ignore_errors=True)
@@ -110,7 +120,7 @@ def open_branch(args: StageArguments, stage: str) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         write_card(Path(folder), CardFacts(args, stage, str(args.hub_model_id)))
         try:
-            _upload(str(args.hub_model_id), stage, args.hub_private, folder, replace=False)()
+            _upload(args, str(args.hub_model_id), stage, folder, replace=False)()
             return True
         except HFValidationError as error:
             raise ValueError(f"--hub_model_id {args.hub_model_id} is no name of a repository: {error}") from None
@@ -125,31 +135,64 @@ def open_branch(args: StageArguments, stage: str) -> bool:
 
 
 def fetch_checkpoint(args: TrainingArguments, stage: str, output_dir: Path) -> None:
-    """Bring the newest checkpoint of the stage's branch here, if there is none here: another machine left it.
+    """Bring the newest checkpoint of the stage's branch here, if it is newer than those here: another machine left it.
 
     Raises:
-        ConnectionError: the Hub does not answer; starting anew would overwrite what is there.
+        ConnectionError: the Hub does not answer and there is none here; starting anew would overwrite what is there.
     """
-    if not args.resume or any((output_dir / "checkpoints").glob("step-????????")):
+    if not args.resume:
         return
-    repo_id = str(args.hub_model_id)
-    folders: list[Path] = []
+    repo_id, kept = str(args.hub_model_id), output_dir / "checkpoints"
+    here = _newest_step(f"checkpoints/{path.name}" for path in kept.glob("step-????????"))
+    found: dict[str, Path] = {}
 
     def download() -> None:
-        folders.append(Path(snapshot_download(repo_id, revision=stage, allow_patterns="checkpoints/*")) / "checkpoints")
+        commit, names = _listing(repo_id, stage)
+        if (newest := _newest_step(names)) > here:
+            found[newest] = Path(snapshot_download(repo_id, revision=commit, allow_patterns="checkpoints/*"))
 
-    if not _persist(f"fetching the checkpoint of {repo_id}@{stage}", download):
+    if not _persist(f"fetching the checkpoint of {repo_id}@{stage}", download) and not here:
         raise ConnectionError(f"{repo_id}@{stage} may hold a checkpoint: try again later, or with --no_resume.")
-    found = folders[-1]
-    steps = sorted(path.name for path in found.glob("step-*"))
-    if not steps:
+    for step, snapshot in found.items():
+        folder = snapshot / "checkpoints"
+        output_dir.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "log.jsonl", output_dir)
+        for name in ("best", step):
+            if (folder / name).exists():
+                write_folder(kept / name, functools.partial(_copy, folder / name))
+        logger.info("fetched %s of %s@%s; the newest here was %s", step, repo_id, stage, here or "none")
+
+
+def fetch_model(args: StageArguments, folder: Path, meta: dict[str, Any]) -> None:
+    """Bring a finished model of the stage here, if there is none here and the branch's was made from the same things.
+
+    One that was made otherwise (other than `meta` says) stays where it is; then the stage is trained here.
+    """
+    if not args.resume or (folder / META_FILE).is_file():
         return
-    output_dir.mkdir(parents=True, exist_ok=True)
-    shutil.copy(found / "log.jsonl", output_dir)
-    for name in ("best", steps[-1]):
-        if (found / name).exists():
-            write_folder(output_dir / "checkpoints" / name, functools.partial(_copy, found / name))
-    logger.info("fetched %s of %s@%s", steps[-1], repo_id, stage)
+    repo_id, tag = str(args.hub_model_id), f"{args.stage}-final"
+    found: list[Path] = []
+
+    def download() -> None:
+        try:
+            commit, names = _listing(repo_id, tag)
+        except (*FAILURES, HFValidationError) as error:
+            # There is none there; of a token that may not read, or a name that can't be, `open_branch` tells.
+            if _status(error) in FOR_GOOD or isinstance(error, HFValidationError):
+                return
+            raise
+        if META_FILE not in names:
+            return
+        theirs = read_meta(Path(hf_hub_download(repo_id, META_FILE, revision=commit)).parent, args.stage)
+        if differing := differences(theirs, meta):
+            logger.info("%s@%s was made otherwise and is not fetched: %s", repo_id, tag, "; ".join(differing))
+        else:
+            found.append(Path(snapshot_download(repo_id, revision=commit, ignore_patterns=OF_THE_HUB)))
+
+    _persist(f"looking for a finished model at {repo_id}@{tag}", download)
+    for snapshot in found:
+        write_folder(folder, functools.partial(_copy, snapshot))
+        logger.info("fetched the finished model of %s@%s", repo_id, tag)
 
 
 def local_folder(name: str | Path) -> Path:
@@ -168,17 +211,22 @@ def local_folder(name: str | Path) -> Path:
 
 
 def open_artifact(name: str | Path, made_by: str) -> tuple[DatasetDict, dict[str, Any]]:
-    """A region store or pairs, and what they were made from: a stage's folder, or the dataset that it pushed.
+    """A region store or pairs, and what they were made from: a stage's folder, or a dataset that a stage pushed.
+
+    Args:
+        name: a folder, or `org/name` or `org/name@branch` on the Hub.
 
     Raises:
         ValueError: there is no whole artifact in the folder and no such dataset on the Hub.
     """
-    if Path(name).exists() or str(name).count("/") != 1:
+    repo_id, _, branch = str(name).partition("@")
+    if Path(name).exists() or repo_id.count("/") != 1:
         meta = read_meta(Path(name), made_by)
         return load_from_disk(str(name)), meta
     try:
-        meta_file = hf_hub_download(str(name), META_FILE, repo_type="dataset")
-        return load_dataset(str(name)), read_meta(Path(meta_file).parent, made_by)
+        meta_file = hf_hub_download(repo_id, META_FILE, repo_type="dataset", revision=branch or None)
+        meta = read_meta(Path(meta_file).parent, made_by)
+        return load_dataset(repo_id, revision=branch or None), meta
     except (*FAILURES, HFValidationError) as error:
         raise ValueError(f"{name} is no folder here and no dataset on the Hub: {_first_line(error)}") from None
 
@@ -188,20 +236,19 @@ def push_model(model_dir: Path, facts: CardFacts) -> None:
     args, stage, repo_id = facts.args, facts.stage, facts.repo_id
     with tempfile.TemporaryDirectory(dir=model_dir.parent, prefix=".push-") as folder:
         shutil.copytree(model_dir, folder, dirs_exist_ok=True)
-        meta = read_meta(Path(folder), stage)
-        public = {"dataset": public_name(args.dataset), "dataset_kwargs": public_options(args.dataset_kwargs)}
-        write_meta(Path(folder), {**meta, **public})
         write_card(Path(folder), facts)
-        # A model of a later stage stays on main.
-        for branch in [stage] + ["main"] * (_stage_on_main(repo_id) <= stage):
-            done = _persist(
-                f"sending the model to {repo_id}@{branch}",
-                _upload(repo_id, branch, args.hub_private, folder),
-            )
-            if not done:
-                break
-            if branch == stage:
-                _persist(f"tagging {repo_id}@{stage}-final", lambda: _tag(repo_id, stage))
+
+        def send(branch: str) -> bool:
+            return _persist(f"sending the model to {repo_id}@{branch}", _upload(args, repo_id, branch, folder))
+
+        if not send(stage):
+            return
+        _persist(f"tagging {repo_id}@{stage}-final", lambda: _tag(repo_id, stage))
+        on_main: list[str] = []
+        _persist(f"asking {repo_id}@main for its stage", lambda: on_main.append(_stage_on_main(repo_id)))
+        # A model of a later stage stays on main, and so does one that could not be asked for.
+        if on_main and on_main[0] <= stage:
+            send("main")
 
 
 def push_adapter(args: StageArguments, stage: str, adapter_dir: Path) -> None:
@@ -211,7 +258,7 @@ def push_adapter(args: StageArguments, stage: str, adapter_dir: Path) -> None:
         shutil.copytree(adapter_dir, folder, dirs_exist_ok=True)
         config = Path(folder) / "adapter_config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": repo_id}, indent=2))
-        _persist(f"sending the adapter to {repo_id}", _upload(repo_id, "main", args.hub_private, folder))
+        _persist(f"sending the adapter to {repo_id}", _upload(args, repo_id, "main", folder))
 
 
 def push_artifact(args: StageArguments, name: str, folder: Path) -> None:
@@ -236,16 +283,18 @@ def _make_repository(repo_id: str, private: bool) -> None:
 @functools.cache
 def _make_branch(repo_id: str, branch: str) -> None:
     if branch != "main":
-        HfApi().create_branch(repo_id, branch=branch, exist_ok=True)
+        # From the first, empty commit: a branch of main would show another stage's files until this one ends.
+        first = HfApi().list_repo_commits(repo_id)[-1].commit_id
+        HfApi().create_branch(repo_id, branch=branch, revision=first, exist_ok=True)
 
 
 def _upload(
-    repo_id: str, branch: str, private: bool, folder: str | Path, inside: str = "", replace: bool = True
+    args: StageArguments, repo_id: str, branch: str, folder: str | Path, inside: str = "", replace: bool = True
 ) -> Callable[[], None]:
     """What sends a folder in one commit; called again after a failure, it sends what is missing.
 
     Args:
-        inside: folder of the repository that it becomes, "" or with a slash at its end.
+        inside: folder of the repository that it becomes, "", or "checkpoints/" (with `resume`, a later one stays).
         replace: whether other files there are removed.
     """
     api = HfApi(library_name="modeling-villa")
@@ -253,23 +302,41 @@ def _upload(
     operations: list[CommitOperationAdd | CommitOperationDelete] = []
 
     def send() -> None:
-        _make_repository(repo_id, private)
+        _make_repository(repo_id, args.hub_private)
         _make_branch(repo_id, branch)
         if not operations:
             there = api.list_repo_files(repo_id, revision=branch) if replace else []
+            if inside and args.resume and (later := _newest_step(there)) > _newest_step(files):
+                raise OSError(f"there is a later one, {later}, which another run left")
             old = [path for path in there if path.startswith(inside) and path not in {*files, ".gitattributes"}]
             operations.extend(CommitOperationDelete(path) for path in old)
             operations.extend(CommitOperationAdd(name, path) for name, path in files.items())
-        api.create_commit(repo_id, operations, commit_message=f"Upload {branch}", revision=branch)
+        try:
+            api.create_commit(repo_id, operations, commit_message=f"Upload {branch}", revision=branch)
+        except EntryNotFoundError as error:
+            # What it removes is gone: an earlier attempt went through and its answer got lost. List the files anew, but
+            # only now: with a listing in each attempt, a Hub that fails every third request would never get through.
+            operations.clear()
+            raise OSError(f"{branch} has changed meanwhile: {_first_line(error)}") from error
 
     return send
 
 
+def _listing(repo_id: str, revision: str) -> tuple[str, list[str]]:
+    """The commit that a branch or tag is at, and its files, from the Hub itself: downloads fall back on their cache."""
+    info = HfApi().model_info(repo_id, revision=revision)
+    return str(info.sha), [file.rfilename for file in info.siblings or []]
+
+
+def _newest_step(names: Iterable[str]) -> str:
+    return max((name.split("/")[1] for name in names if name.startswith("checkpoints/step-")), default="")
+
+
 def _stage_on_main(repo_id: str) -> str:
-    try:
-        return read_meta(Path(hf_hub_download(repo_id, META_FILE)).parent, "stage0")["stage"]
-    except (*FAILURES, KeyError):
+    commit, names = _listing(repo_id, "main")
+    if META_FILE not in names:
         return ""
+    return read_meta(Path(hf_hub_download(repo_id, META_FILE, revision=commit)).parent, "stage0").get("stage", "")
 
 
 def _tag(repo_id: str, stage: str) -> None:
@@ -313,3 +380,19 @@ def _link(source: str, target: str) -> str:
     except OSError:
         shutil.copy2(source, target)
     return target
+
+
+def _client() -> Any:
+    """As huggingface_hub makes it, which would wait without end for a Hub that takes a request and says nothing."""
+    client = default_client_factory()
+    client.event_hooks["request"].append(_limit)
+    return client
+
+
+def _limit(request: Any) -> None:
+    # Each request: many of huggingface_hub's functions set "no limit", which wins over one of the client.
+    limits = request.extensions["timeout"]
+    request.extensions["timeout"] = {what: seconds or SILENCE for what, seconds in limits.items()}
+
+
+set_client_factory(_client)

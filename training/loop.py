@@ -22,13 +22,14 @@ from transformers import get_cosine_schedule_with_warmup
 
 from arguments import TrainingArguments
 from artifacts import check_same, remove_folder, write_folder
+from card import public_name, public_options
 from hub import Uploads, fetch_checkpoint, open_branch
 from stage import start
 
 logger = logging.getLogger(__name__)
 
 # Fields that change nothing about the weights, so that a run may be resumed with others; what the paths lead to is
-# compared by its content.
+# compared by its content. Of the dataset's folders the last part is kept.
 _FREE = {
     *("run_dir", "output_dir", "resume", "save_steps", "keep_last", "tracker", "num_workers", "num_proc", "strict"),
     *("vlm", "mapping_model", "region_store", "pairs"),
@@ -70,8 +71,9 @@ def make_accelerator(args: TrainingArguments, output_dir: Path) -> Accelerator:
 
 
 def identity(args: TrainingArguments) -> dict[str, Any]:
-    """The arguments that the weights depend on."""
-    return {key: value for key, value in asdict(args).items() if key not in _FREE}
+    """The arguments that the weights depend on, without this machine's folders: others compare them."""
+    values = {key: value for key, value in asdict(args).items() if key not in _FREE}
+    return {**values, "dataset": public_name(args.dataset), "dataset_kwargs": public_options(args.dataset_kwargs)}
 
 
 def train(

@@ -12,11 +12,11 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from arguments import StageArguments
-from artifacts import fingerprint_of_strings, write_folder, write_meta
+from artifacts import fingerprint_of_strings, is_finished, write_folder, write_meta
 from card import CardFacts
 from datasets_scripts.loading import load_split
 from datasets_scripts.schema import attribute_names
-from hub import push_adapter, push_model
+from hub import fetch_model, push_adapter, push_model
 from modeling_villa import VillaProcessor
 
 # How long processes wait for the one that generates data or embeds regions.
@@ -49,6 +49,18 @@ def fingerprints(splits: dict[str, Dataset]) -> dict[str, str]:
         for split, data in splits.items()
     }
     return {"vocabulary": fingerprint_of_strings(attribute_names(splits["train"])), **prints}
+
+
+def has_model(args: StageArguments, folder: Path, meta: dict[str, Any]) -> bool:
+    """Whether the finished model is there; with `--push_to_hub` another machine may have left it on its branch.
+
+    Raises:
+        ValueError: it is there, but was made otherwise; the message names what differs.
+    """
+    with start().main_process_first():
+        if args.push_to_hub and start().is_main_process:
+            fetch_model(args, folder, meta)
+    return is_finished(folder, meta, args.resume)
 
 
 def send_model(args: StageArguments, folder: Path, splits: dict[str, Dataset]) -> Path:

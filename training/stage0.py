@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from arguments import read_arguments
-from artifacts import fingerprint_of_model, is_finished
+from artifacts import fingerprint_of_model
 from contrast import ContrastArguments, contrastive_loss, ids_of_texts
 from datasets_scripts.loading import Collator
 from datasets_scripts.schema import attribute_names
@@ -25,7 +25,7 @@ from hub import local_folder
 from loop import Objective, identity, make_accelerator, train
 from modeling_villa import VillaClipConfig, VillaClipModel, VillaImageProcessor, VillaProcessor
 from modeling_villa.configuration_villa import REGION_SOURCES
-from stage import fingerprints, load_splits, save_model, send_model
+from stage import fingerprints, has_model, load_splits, save_model, send_model
 from texts import tokenize, train_tokenizer
 
 STAGE = "stage0"
@@ -144,7 +144,7 @@ def run(args: Stage0Arguments) -> Path:
     if args.vlm:
         made_from["model"] = fingerprint_of_model(Path(args.vlm), STAGE) if Path(args.vlm).is_dir() else args.vlm
     meta = {"stage": STAGE, **identity(args), **made_from}
-    if is_finished(output_dir / "model", meta, args.resume):
+    if has_model(args, output_dir / "model", meta):
         return send_model(args, output_dir / "model", splits)
     set_seed(args.seed)
     model, processor = build_vlm(args, splits["train"])

@@ -13,7 +13,7 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 
 from arguments import read_arguments
-from artifacts import check_made_for, fingerprint_of_model, is_finished
+from artifacts import check_made_for, fingerprint_of_model
 from datasets_scripts.loading import Collator, multi_hot
 from datasets_scripts.schema import attribute_groups, attribute_names, attribute_prompts
 from gather import gather_with_gradient
@@ -22,7 +22,7 @@ from loop import Objective, identity, make_accelerator, train
 from lora import TRAINED, LoraArguments, add_adapter, import_peft, keep_statistics, save_adapter
 from modeling_villa import VillaClipModel, VillaMappingConfig, VillaMappingModel, VillaProcessor
 from modeling_villa.losses_villa import mapping_contrastive_loss
-from stage import fingerprints, load_splits, save_model, send_model
+from stage import fingerprints, has_model, load_splits, save_model, send_model
 
 STAGE = "stage1"
 
@@ -117,7 +117,7 @@ def run(args: Stage1Arguments) -> Path:
     splits = load_splits(args)
     made_from = {**fingerprints(splits), "model": fingerprint_of_model(vlm_dir, "stage0")}
     meta = {"stage": STAGE, **identity(args), **made_from}
-    if is_finished(output_dir / "model", meta, args.resume):
+    if has_model(args, output_dir / "model", meta):
         return send_model(args, output_dir / "model", splits)
     names, prompts = attribute_names(splits["train"]), attribute_prompts(splits["train"])
     set_seed(args.seed)

@@ -16,7 +16,7 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 
 from arguments import read_arguments
-from artifacts import check_made_for, fingerprint_of_model, fingerprint_of_strings, is_finished
+from artifacts import check_made_for, fingerprint_of_model, fingerprint_of_strings
 from contrast import ContrastArguments, contrastive_loss, ids_of_texts
 from datasets_scripts.loading import Collator
 from datasets_scripts.schema import attribute_names, attribute_prompts
@@ -24,7 +24,7 @@ from hub import local_folder, open_artifact
 from loop import Objective, identity, make_accelerator, train
 from lora import TRAINED, LoraArguments, add_adapter, import_peft, keep_statistics, save_adapter
 from modeling_villa import VillaClipModel, VillaMappingModel, VillaProcessor
-from stage import fingerprints, load_splits, save_model, send_model
+from stage import fingerprints, has_model, load_splits, save_model, send_model
 from texts import FrozenTexts, RegionTexts, tokenize
 
 STAGE = "stage2"
@@ -224,7 +224,7 @@ def run(args: Stage2Arguments) -> Path:
         if args.supervision == "pairs":
             check_made_for(pairs_meta, folder, model=made_from["image_tower"])
     meta = {"stage": STAGE, **identity(args), **made_from}
-    if is_finished(output_dir / "model", meta, args.resume):
+    if has_model(args, output_dir / "model", meta):
         return send_model(args, output_dir / "model", splits)
     names, prompts = attribute_names(splits["train"]), attribute_prompts(splits["train"])
     set_seed(args.seed)
