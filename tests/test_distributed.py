@@ -26,9 +26,9 @@ from datasets_scripts.loading import Collator, load_split
 from datasets_scripts.schema import attribute_names, attribute_prompts
 from gather import gather_with_gradient
 from modeling_villa import VillaClipModel, VillaMappingModel, VillaProcessor
-from stage0 import ImageTextCollator, ImageTextObjective
+from stage0 import ImageTextCollator, ImageTextObjective, Stage0Arguments
 from stage1 import MappingObjective
-from stage2 import RegionTextCollator, RegionTextObjective
+from stage2 import RegionTextCollator, RegionTextObjective, Stage2Arguments
 from texts import FrozenTexts, RegionTexts
 
 SHARES = (slice(0, 5), slice(5, 8))  # ragged on purpose
@@ -92,7 +92,7 @@ def objective_of(stage, config, run_dir):
         return MappingObjective(model).eval(), Collator(processor, len(names)), examples
     model = VillaClipModel.from_pretrained(folder).double().eval()
     if stage == "stage0":
-        return ImageTextObjective(model).eval(), ImageTextCollator(processor, len(names)), examples
+        return ImageTextObjective(model, Stage0Arguments()).eval(), ImageTextCollator(processor, len(names)), examples
     frozen = None
     if stage == "stage2_frozen":
         model.text_model.requires_grad_(False)
@@ -100,7 +100,7 @@ def objective_of(stage, config, run_dir):
         frozen = FrozenTexts(model, processor.tokenizer, sentences + [example["text"] for example in examples])
     texts = RegionTexts([prompts[name] for name in names], "sentences")
     collate = RegionTextCollator(processor, len(names), "region_attributes", texts, tokens=frozen is None)
-    return RegionTextObjective(model, frozen).eval(), collate, examples
+    return RegionTextObjective(model, frozen, Stage2Arguments()).eval(), collate, examples
 
 
 def loss_and_gradients(stage, config, run_dir):
