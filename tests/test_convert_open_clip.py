@@ -8,11 +8,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
-from modeling_villa import VillaClipConfig, VillaClipModel
+from modeling_villa import VillaClipModel
 from modeling_villa.convert_open_clip import (
-    TEXT,
-    VISION,
     Arguments,
+    build_config,
     build_processor,
     convert,
     convert_state_dict,
@@ -84,7 +83,7 @@ def test_features_logits_and_tokens_are_the_same(original, folder):
 
 def test_tensors_that_do_not_fit_are_all_named(original):
     with torch.device("meta"):
-        model = VillaClipModel(VillaClipConfig(vision_config=dict(VISION), text_config=dict(TEXT)))
+        model = VillaClipModel(build_config("RN50", "quick_gelu"))
     state = original.state_dict()
     del state["visual.conv1.weight"], state["ln_final.bias"]
     state["visual.layer5.weight"] = state["transformer.resblocks.0.extra.bias"] = torch.zeros(1)
