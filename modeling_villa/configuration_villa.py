@@ -169,7 +169,7 @@ class VillaTextConfig(VillaPreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
-    def max_length(self) -> int | None:
+    def max_text_length(self) -> int | None:
         """The tokens of a text that the encoder has positions for; None if it does not say."""
         positions = getattr(self.encoder_config, "max_position_embeddings", None)
         if positions is not None and self.encoder_config.model_type in _POSITIONS_AFTER_PADDING:

@@ -105,7 +105,8 @@ class Arguments:
         default="RN50", metadata={"help": "open_clip's name of the architecture"}
     )
     activation: Literal["quick_gelu", "gelu"] = field(
-        default="quick_gelu", metadata={"help": "of the transformers: quick_gelu for OpenAI's weights, else mostly gelu"}
+        default="quick_gelu",
+        metadata={"help": "of the transformers: quick_gelu for OpenAI's weights, else mostly gelu"},
     )
 
 

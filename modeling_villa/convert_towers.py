@@ -28,7 +28,8 @@ class Arguments:
         default=None, metadata={"help": "width of the embeddings; the text tower's by default"}
     )
     image_size: int | None = field(
-        default=None, metadata={"help": "side of the images in pixels; what the image tower was trained with by default"}
+        default=None,
+        metadata={"help": "side of the images in pixels; what the image tower was trained with by default"},
     )
 
 

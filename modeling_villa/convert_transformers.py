@@ -68,16 +68,17 @@ def build_config(config: CLIPConfig) -> VillaClipConfig:
     Raises:
         ValueError: the image tower is none that timm's CLIP ViTs can be made into, or cannot take its images' size.
     """
-    vision = config.vision_config
+    vision, text = cast(Any, config.vision_config), cast(Any, config.text_config).to_dict()
     patch, size = vision.patch_size, vision.image_size
     if patch not in BACKBONES:
         raise ValueError(f"vision_config.patch_size is {patch}; known are {', '.join(map(str, BACKBONES))}.")
     if not isinstance(size, int) or size % patch:
         raise ValueError(f"vision_config.image_size is {size}, which is no multiple of the patch size {patch}.")
-    for name, value in {"layer_norm_eps": 1e-5, "num_channels": 3, "hidden_act": vision.hidden_act}.items():
-        if getattr(vision, name) != value or value == "relu":
-            raise ValueError(f"vision_config.{name} is {getattr(vision, name)}; CLIP's is {value}.")
-    text = config.text_config.to_dict()
+    for name, values in {"layer_norm_eps": (1e-5,), "num_channels": (3,), "hidden_act": ("quick_gelu", "gelu")}.items():
+        if getattr(vision, name) not in values:
+            raise ValueError(
+                f"vision_config.{name} is {getattr(vision, name)}, expected {' or '.join(map(str, values))}."
+            )
     backbone, defaults = BACKBONES[patch]
     own = {
         "embed_dim": vision.hidden_size,
@@ -125,11 +126,11 @@ def convert_state_dict(state: dict[str, Tensor], model: VillaClipModel) -> dict[
             backbone[f"blocks.{match[1]}.{BLOCK_NAMES[match[2]]}.{match[3]}"] = tensor
         elif match and _ATTENTION.fullmatch(match[2]):
             part = name.replace(match[2], "self_attn.{}_proj")
-            parts = [state.get(part.format(letter)) for letter in "qkv"]
-            if None in [None if tensor is None else True for tensor in parts]:
-                found[name] = tensor  # named below: the other parts are missing
-            else:
-                backbone[f"blocks.{match[1]}.attn.qkv.{match[3]}"] = torch.cat(cast(list[Tensor], parts))
+            parts = [state[part.format(letter)] for letter in "qkv" if part.format(letter) in state]
+            if len(parts) == 3:
+                backbone[f"blocks.{match[1]}.attn.qkv.{match[3]}"] = torch.cat(parts)
+            else:  # named below, as is what is missing
+                found[name] = tensor
         elif not name.endswith("position_ids"):  # in older files, and not used
             is_text = name.startswith(("text_model.", "text_projection."))
             found[f"text_model.{name}" if is_text else name] = tensor
@@ -161,7 +162,7 @@ def convert(args: Arguments) -> None:
         source = AutoConfig.from_pretrained(args.checkpoint)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"checkpoint: {args.checkpoint} must be a folder or a Hub id that can be reached, with a CLIPModel ({error})."
+            f"checkpoint: {args.checkpoint} must be a folder, or a Hub id that can be reached, with a CLIP ({error})."
         ) from error
     if source.model_type != "clip":
         raise ValueError(f'checkpoint: {args.checkpoint} is a {source.model_type!r}, expected a CLIPModel ("clip").')

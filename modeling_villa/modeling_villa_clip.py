@@ -109,7 +109,8 @@ class VillaClipModel(PreTrainedModel):
         fresh = fill(model.vision_model.backbone, backbone.state_dict(), [head] if isinstance(head, str) else head)
         fresh += fill(model.text_model, text_state, ["projection", "text_projection"])
         if fresh:
-            logger.warning("Not in %s or %s, or not %d wide, so new: %s", vision, text, model.config.projection_dim, fresh)
+            width = model.config.projection_dim
+            logger.warning("Not in %s or %s, or not %d wide, so new: %s", vision, text, width, ", ".join(fresh))
         return model
 
     def check_processor(self, processor: Any) -> None:

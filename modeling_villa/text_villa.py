@@ -46,11 +46,10 @@ class VillaTextModel(PreTrainedModel):
         if config.pooling == "mean" and pooler is not None:
             self.encoder.pooler = None  # parameters without gradients stop distributed training
         width, hidden, dim = config.encoder_config.hidden_size, config.projector_width, config.projection_dim or 0
-        if not config.projection:
-            self.projection = nn.Identity()
-        elif not hidden:
+        self.projection: nn.Module = nn.Identity()
+        if config.projection and not hidden:
             self.projection = nn.Linear(width, dim)
-        else:
+        elif config.projection:
             self.projection = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, dim))
         self.post_init()
 

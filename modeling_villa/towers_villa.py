@@ -14,13 +14,14 @@ from transformers.image_utils import PILImageResampling
 from transformers.utils import cached_file, logging
 
 from .configuration_villa import VillaTextConfig
+from .vision_villa import has_class_token
 
 logger = logging.get_logger(__name__)
 
 # Checkpoints known to be trained with QuickGELU, by what timm, open_clip and transformers call them.
 _QUICK_GELU = re.compile(
     r"openai/clip-vit|_clip(_\d+)?\.openai$|resnet\d+_clip\.(yfcc15m|cc12m)"
-    r"|vit_base_patch32_clip_224\.laion400m_e3[12]|metaclip_(400m|2pt5b)|patch14_clip_224\.metaclip2_worldwide"
+    r"|vit_base_patch32_clip_224\.laion400m_e3[12]|metaclip_(400m|2pt5b)|vit_huge_patch14_clip_224\.metaclip2_worldwide"
     r"|DFN2B-CLIP-ViT-[BL]-1[46]$|DFN5B-CLIP|clip_\d+\.(dfn2b|dfn5b)$|facebook/metaclip-",
 )
 # What a sentence-transformers folder may do with the encoder's tokens; the last is done by the model itself.
@@ -62,7 +63,7 @@ def load_image_tower(vision: str, image_size: int | None = None) -> tuple[Any, d
     if "vit_" in source["architecture"]:
         warn_of_activation(vision, "quick_gelu" if "quickgelu" in source["architecture"] else "gelu")
     fields = {"backbone": source["architecture"], "backbone_kwargs": kwargs, "image_size": size}
-    if getattr(backbone, "global_pool", None) == "token" and isinstance(backbone, timm.models.VisionTransformer):
+    if has_class_token(backbone):
         fields |= {"region_head": "attention", "roi_size": backbone.patch_embed.grid_size[0]}
     return backbone, {**fields, "num_channels": source["input_size"][0]}
 
@@ -88,7 +89,7 @@ def _create(vision: str, pretrained: bool) -> Any:
         name = f"hf-hub:{vision}"
     try:
         return timm.create_model(name, pretrained=pretrained)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (KeyError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"vision: {vision} cannot be loaded: it must be a folder with timm's config.json and weights, the name of "
             f"a timm model with weights, or a Hub id that can be reached and has both ({error})."
@@ -147,9 +148,11 @@ def load_tokenizer(text: str) -> Any:
         config = AutoConfig.from_pretrained(text)
     except (OSError, ValueError) as error:
         raise ValueError(f"text: no tokenizer can be loaded from {text} ({error}).") from error
+    if tokenizer.vocab_size <= len(tokenizer.all_special_ids):  # made from the configuration, without any file
+        raise ValueError(f"text: no tokenizer can be loaded from {text}: there are no files of one.")
     config = getattr(config, "text_config", config)
     is_clip = config.model_type == "clip_text_model"
-    limit = config.max_position_embeddings if is_clip else VillaTextConfig(encoder_config=config).max_length
+    limit = config.max_position_embeddings if is_clip else VillaTextConfig(encoder_config=config).max_text_length
     tokenizer.model_max_length = min(tokenizer.model_max_length, limit or tokenizer.model_max_length)
     return tokenizer
 
@@ -183,7 +186,9 @@ def _check_sentence_transformer(text: str) -> None:
     kinds = [module["type"].rpartition(".")[2] for module in read("modules.json") or []]
     if unknown := [kind for kind in kinds if kind not in _SBERT_MODULES]:
         raise ValueError(f"text: {text} has modules {unknown} behind its encoder; only mean pooling can be taken over.")
-    modes = [mode for mode, used in (read("1_Pooling/config.json") or {}).items() if mode.startswith("pooling") and used]
+    modes = [
+        mode for mode, used in (read("1_Pooling/config.json") or {}).items() if mode.startswith("pooling") and used
+    ]
     if modes not in ([], ["pooling_mode_mean_tokens"]):
         raise ValueError(f"text: {text} pools by {modes}; only mean pooling can be taken over.")
 

@@ -61,7 +61,7 @@ def choose_region_head(backbone: Any, region_head: str | None) -> str:
     elif hasattr(backbone, "num_prefix_tokens") and hasattr(
         getattr(backbone, "patch_embed", None), "dynamic_feat_size"
     ):
-        attends = isinstance(getattr(backbone, "attn_pool", None), AttentionPoolLatent) or _has_class_token(backbone)
+        attends = isinstance(getattr(backbone, "attn_pool", None), AttentionPoolLatent) or has_class_token(backbone)
         possible = ["mean", "attention"] if attends else ["mean"]
     chosen = possible[0] if region_head is None and possible else region_head
     if chosen not in possible:
@@ -73,7 +73,7 @@ def choose_region_head(backbone: Any, region_head: str | None) -> str:
     return chosen
 
 
-def _has_class_token(backbone: Any) -> bool:
+def has_class_token(backbone: Any) -> bool:
     """Whether the backbone pools by a class token whose last block can be run on other cells.
 
     Not where that block wants to know the cells' positions (timm's Eva, which has the ViTs with RoPE).
@@ -164,7 +164,7 @@ class VillaVisionModel(PreTrainedModel):
         self._built_on_meta = any(parameter.is_meta for parameter in self.backbone.parameters())
         self.projector = projector
         self.region_head = choose_region_head(self.backbone, config.region_head)
-        self._repeats_last_block = self.region_head == "attention" and _has_class_token(self.backbone)
+        self._repeats_last_block = self.region_head == "attention" and has_class_token(self.backbone)
         self._channels_last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
         if self.region_head == "stages":
             self._trunk, self._late_stages, self.stride = split_backbone(self.backbone, config.region_stage)
