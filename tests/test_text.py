@@ -112,9 +112,9 @@ def test_config_refuses_what_does_not_fit():
         text_config(pooling="max")
     with pytest.raises(ValueError, match=r"Without projection .* as wide as the encoder, 32; got projection_dim 16"):
         text_config(projection=False, projection_dim=16)
-    with pytest.raises(ValueError, match="projection_dim must be at least 1 and projector_width not negative, got 0"):
+    with pytest.raises(ValueError, match=r"projection_dim must be at least 1 and projector_width not negative, got 0"):
         text_config(projection_dim=0)
-    with pytest.raises(ValueError, match="vision_config.projection_dim is 32, text_config.projection_dim is 16"):
+    with pytest.raises(ValueError, match=r"vision_config.projection_dim is 32, text_config.projection_dim is 16"):
         VillaClipConfig(vision_config=VISION, text_config=text_config(projection_dim=16))
     encoder = DistilBertConfig(vocab_size=40, dim=32, n_layers=1, n_heads=4, hidden_dim=64)
     with pytest.raises(ValueError, match=r'DistilBertModel has no pooler: pooling must be "mean"'):
