@@ -115,6 +115,7 @@ def build_config(state: dict[str, Tensor], layout: Layout, encoder: Any, args: A
         encoder: the configuration of BERT.
         args: as given.
     """
+    encoder.name_or_path = ""  # or the saved model would tell of this machine's folders
     image, text = (state[name].shape for name in layout.hidden)  # (d, width of the hidden layer)
     vision = {
         "backbone": "resnet50",

@@ -77,7 +77,7 @@ def load_image_settings(vision: str, image_size: int | None = None) -> dict[str,
         "size": {"height": height, "width": width},
         "image_mean": list(source["mean"]),
         "image_std": list(source["std"]),
-        "resample": PILImageResampling[source["interpolation"].upper()],
+        "resample": getattr(PILImageResampling, source["interpolation"].upper()),
     }
 
 
@@ -130,6 +130,7 @@ def load_text_tower(text: str) -> tuple[Any, dict[str, Tensor]]:
     if problems:
         raise ValueError(f"text: {text} is not whole; tensors missing or of another shape: {', '.join(problems)}.")
     state = tower.state_dict()
+    tower.config.name_or_path = ""  # or a saved model would tell of this machine's folders
     if is_clip:
         settle_special_tokens(tower.config)
         return tower.config, state
@@ -144,7 +145,8 @@ def load_tokenizer(text: str) -> Any:
         ValueError: there is none beside the tower.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(text)
+        # Of a single text the token types say nothing, and the model takes none.
+        tokenizer = AutoTokenizer.from_pretrained(text, model_input_names=["input_ids", "attention_mask"])
         config = AutoConfig.from_pretrained(text)
     except (OSError, ValueError) as error:
         raise ValueError(f"text: no tokenizer can be loaded from {text} ({error}).") from error

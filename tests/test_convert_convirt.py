@@ -102,6 +102,7 @@ def test_embeddings_and_logits_are_the_same(tmp_path, monkeypatch, bert, layout)
     assert model.vision_model.region_head == "stages"
     assert processor.image_processor.size == {"height": 64, "width": 64}
     assert processor.tokenizer.model_max_length == 20
+    assert str(tmp_path) not in (tmp_path / "villa" / "config.json").read_text()  # no folder of this machine
 
 
 def shake_layers(model):

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -139,12 +141,47 @@ def test_processor_and_command_line(towers, tmp_path, monkeypatch):
     assert tuple(settings.image_mean) == tuple(source["mean"]) and tuple(settings.image_std) == tuple(source["std"])
     assert settings.size == {"height": 24, "width": 24} and int(settings.resample) == 3  # bicubic
     assert processor.tokenizer.model_max_length == 20  # the positions of BERT
+    assert set(processor.tokenizer("red")) == {"input_ids", "attention_mask"}  # what the model takes
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     inputs = processor(images=[image], text=["red " * 50, "blue"], boxes=[[[0, 0, 30, 40]]])
     assert inputs["input_ids"].shape == (2, 20) and inputs["pixel_values"].shape == (1, 3, 24, 24)
     assert model(**inputs).logits_per_region.shape == (1, 1, 2)
+    assert str(root) not in (tmp_path / "mixed" / "config.json").read_text()  # no folder of this machine
     with pytest.raises(ValueError, match="exists already"):
         convert(Arguments(vision="a", text="b", output=str(tmp_path / "mixed")))
+
+
+LOAD = """
+import sys
+sys.modules["modeling_villa"] = None  # as if the package were not installed
+import torch
+from transformers import AutoModel, AutoProcessor
+
+folder, out = sys.argv[1:]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+torch.manual_seed(0)
+with torch.no_grad():
+    torch.save(model(**processor(text=["red thing"]), pixel_values=torch.randn(1, 3, 32, 32)).logits_per_image, out)
+"""
+
+
+def test_a_mixed_model_needs_no_package(towers, tmp_path):
+    root, _ = towers
+    convert(Arguments(vision=str(root / "vit24"), text=str(root / "sbert"), output=str(tmp_path / "mixed")))
+    (tmp_path / "load.py").write_text(LOAD)
+    command = [sys.executable, "load.py", "mixed", "logits.pt"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    model, processor = (
+        AutoModel.from_pretrained(tmp_path / "mixed").eval(),
+        AutoProcessor.from_pretrained(tmp_path / "mixed"),
+    )
+    torch.manual_seed(0)
+    with torch.no_grad():
+        expected = model(**processor(text=["red thing"]), pixel_values=torch.randn(1, 3, 32, 32)).logits_per_image
+    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
 
 
 def test_positions_after_the_padding_shorten_the_texts(towers):
