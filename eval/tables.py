@@ -46,7 +46,9 @@ class TableArguments:
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "each trains every method anew"})
     launcher: str | None = field(
         default=None,
-        metadata={"help": "what starts a training script, such as 'accelerate launch --num_processes 8'; default Python"},
+        metadata={
+            "help": "what starts a training script, such as 'accelerate launch --num_processes 8'; default Python"
+        },
     )
     output: str = field(
         default="", metadata={"help": "name of the .md, .json and .png, without ending; default in run_dir"}
@@ -116,7 +118,11 @@ class Runs:
         return self.values.get(stage) or {}
 
     def _run(self, stage: str, words: list[str], folder: Path) -> float:
-        command = [*shlex.split(self.args.launcher or shlex.quote(sys.executable)), str(TRAINING / f"{stage}.py"), *words]
+        command = [
+            *shlex.split(self.args.launcher or shlex.quote(sys.executable)),
+            str(TRAINING / f"{stage}.py"),
+            *words,
+        ]
         finished = any((folder / name / "villa_artifact.json").is_file() for name in ("", "model"))
         kept = folder / "seconds.json"
         logger.info("%s", shlex.join(command))

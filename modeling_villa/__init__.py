@@ -13,11 +13,12 @@ from transformers import (
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .configuration_villa import VillaClipConfig, VillaMappingConfig, VillaVisionConfig
+from .configuration_villa import VillaClipConfig, VillaMappingConfig, VillaTextConfig, VillaVisionConfig
 from .modeling_villa_clip import VillaClipModel
 from .modeling_villa_mapping import VillaMappingModel
 from .pipeline_villa import RegionAttributeMappingPipeline, VillaZeroShotObjectDetectionPipeline
 from .processing_villa import VillaImageProcessor, VillaProcessor
+from .text_villa import VillaTextModel
 from .vision_villa import VillaVisionModel
 
 for _config, _model in (
@@ -29,6 +30,8 @@ for _config, _model in (
     AutoModel.register(_config, _model, exist_ok=True)
     AutoProcessor.register(_config, VillaProcessor, exist_ok=True)
     AutoImageProcessor.register(_config, image_processor_classes={"torchvision": VillaImageProcessor}, exist_ok=True)
+AutoConfig.register(VillaTextConfig.model_type, VillaTextConfig, exist_ok=True)
+AutoModel.register(VillaTextConfig, VillaTextModel, exist_ok=True)
 AutoModelForZeroShotImageClassification.register(VillaClipConfig, VillaClipModel, exist_ok=True)
 AutoModelForZeroShotObjectDetection.register(VillaClipConfig, VillaClipModel, exist_ok=True)
 
@@ -46,6 +49,8 @@ __all__ = [
     "VillaMappingConfig",
     "VillaMappingModel",
     "VillaProcessor",
+    "VillaTextConfig",
+    "VillaTextModel",
     "VillaVisionConfig",
     "VillaVisionModel",
     "VillaZeroShotObjectDetectionPipeline",

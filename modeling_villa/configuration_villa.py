@@ -1,4 +1,4 @@
-"""Configurations of the image tower, the mapping model (Stage 1) and the one-to-one VLM (Stages 0 and 2)."""
+"""Configurations of the towers, the mapping model (Stage 1) and the one-to-one VLM (Stages 0 and 2)."""
 
 import os
 import shutil
@@ -6,12 +6,14 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import CLIPTextConfig, PreTrainedConfig
+from transformers import AutoConfig, CLIPTextConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 # What goes into a model's repository beside the file of its class; each brings along what it imports.
 _CODE = ("processing_villa", "pipeline_villa", "handler")
 REGION_SOURCES = ("roi", "crop")
+# Encoders whose first token stands at position pad_token_id + 1.
+_POSITIONS_AFTER_PADDING = ("camembert", "longformer", "mpnet", "roberta", "xlm-roberta")
 
 
 class VillaPreTrainedConfig(PreTrainedConfig):
@@ -60,10 +62,15 @@ class VillaVisionConfig(VillaPreTrainedConfig):
         region_head: what turns the cells that RoIAlign cuts out into one embedding. "stages": the backbone's later
             stages and its pooling, as in ViLLA (section 5.1); convolutional backbones only. "mean": the cells of
             the backbone's last map are averaged and go through what follows the pooling there (norm, projection).
-            "attention": those cells go through the backbone's own attention pool, without class and register
-            tokens; ViTs with global_pool "map". None (the default): "stages" where the backbone has stages, else
-            "mean". A ViT that pools by its class token embeds images by that token, but regions by the mean of
-            their patch tokens, which nothing aligns with it before training.
+            "attention": pooled as the backbone pools images, by attention, but to those cells only. ViTs with
+            global_pool "map": the cells go through the attention pool, without class and register tokens. ViTs that
+            pool by their class token (CLIP's): the cells are cut from the map that enters the last block, which runs
+            on the class and register tokens and these cells, so that in it the class token sees nothing else of the
+            image; the whole image cut to as many cells as the map has (roi_size = its side) is the image's own
+            embedding, and fewer or more cells shift the balance between them and the class token. It is not there
+            for class tokens with rotary positions. None (the default): "stages" where the backbone has stages, else
+            "mean". With "mean" a ViT that pools by its class token embeds images by that token, but regions by the
+            mean of their patch tokens, which nothing aligns with it before training.
         region_stage: for the region head "stages" only: index into the backbone's `feature_info` of the stage whose
             output is cut into regions; -2 (the default, and what CLIP RN50 wants) leaves exactly the last stage and
             the pooling to the region head. A lower stage gives sharper regions and a larger region head.
@@ -74,6 +81,8 @@ class VillaVisionConfig(VillaPreTrainedConfig):
         projector_width: width of the hidden layer of an MLP (LayerNorm, linear, ReLU, linear) behind the backbone's
             own projection; 0, as in CLIP, for none. A small backbone needs it to bring a region near all of its
             attributes at once.
+        projector_norm: False makes the MLP ConVIRT's and SimCLR's (linear, ReLU, linear): no LayerNorm, and the
+            backbone's own projection, `projector_width` wide, is its first layer.
         image_size: side in pixels to which the processor brings the images. The backbone does not read it: one
             with an attention pool (resnet50_clip) resamples the position embeddings of its 7 x 7 cells for other
             sizes, or gets others from the start with `backbone_kwargs={"img_size": ...}`; ViTs and Swins want that,
@@ -99,6 +108,7 @@ class VillaVisionConfig(VillaPreTrainedConfig):
     roi_size: int = 14
     projection_dim: int = 1024
     projector_width: int = 0
+    projector_norm: bool = True
     image_size: int = 224
     num_channels: int = 3
 
@@ -118,13 +128,70 @@ class VillaVisionConfig(VillaPreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
+class VillaTextConfig(VillaPreTrainedConfig):
+    """A text tower around an encoder of transformers: its tokens are pooled, then projected (SBERT, ConVIRT).
+
+    Args:
+        encoder_config: the encoder (`bert`, `roberta`, `mpnet`, ...), as its configuration or as a dictionary with
+            `model_type`.
+        pooling: "mean", over the tokens that the attention mask keeps, as SBERT does it; or "pooler", the encoder's
+            own pooler over its first token.
+        projection: False for none, as in SBERT: the embeddings are the pooled tokens.
+        projector_width: width of the hidden layer of an MLP (linear, ReLU, linear), as in ConVIRT; 0 for one linear
+            layer.
+        projection_dim: width d of the embeddings, > 0; None for the encoder's width, which it has to be without
+            projection.
+
+    Raises:
+        ValueError: an unknown pooling, or widths that do not fit each other.
+    """
+
+    model_type = "villa_text"
+    base_config_key = "text_config"
+    auto_classes = {"AutoConfig": "configuration_villa.VillaTextConfig", "AutoModel": "text_villa.VillaTextModel"}
+
+    encoder_config: Any = None
+    pooling: str = "mean"
+    projection: bool = True
+    projector_width: int = 0
+    projection_dim: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.encoder_config, PreTrainedConfig):
+            self.encoder_config = AutoConfig.for_model(**{"model_type": "bert", **(self.encoder_config or {})})
+        width = self.encoder_config.hidden_size
+        if self.projection_dim is None:
+            self.projection_dim = width
+        if self.pooling not in ("mean", "pooler"):
+            raise ValueError(f'pooling must be "mean" or "pooler", got {self.pooling!r}.')
+        if self.projection_dim < 1 or self.projector_width < 0:
+            raise ValueError(
+                "projection_dim must be at least 1 and projector_width not negative, got "
+                f"{self.projection_dim} and {self.projector_width}."
+            )
+        if not self.projection and (self.projection_dim != width or self.projector_width):
+            raise ValueError(
+                f"Without projection the embeddings are as wide as the encoder, {width}; got projection_dim "
+                f"{self.projection_dim} and projector_width {self.projector_width}."
+            )
+        super().__post_init__(**kwargs)
+
+    @property
+    def max_text_length(self) -> int | None:
+        """The tokens of a text that the encoder has positions for; None if it does not say."""
+        positions = getattr(self.encoder_config, "max_position_embeddings", None)
+        if positions is not None and self.encoder_config.model_type in _POSITIONS_AFTER_PADDING:
+            positions -= self.encoder_config.pad_token_id + 1
+        return positions
+
+
 class VillaClipConfig(VillaPreTrainedConfig):
     """A one-to-one VLM: image tower, text tower, one learnable temperature.
 
     Args:
         vision_config: the image tower, as a `VillaVisionConfig` or its dictionary.
-        text_config: the text tower, as a `CLIPTextConfig` or its dictionary; its `projection_dim` must be that
-            of the image tower.
+        text_config: the text tower: a `CLIPTextConfig` or, for any other encoder, a `VillaTextConfig`; as a dictionary
+            it is the former unless its `model_type` is "villa_text". Its `projection_dim` must be the image tower's.
         temperature: initial tau of the contrastive loss, > 0; the model learns `logit_scale = log(1 / tau)`
             where the trainer lets it. The paper and its code use 0.07.
 
@@ -147,7 +214,7 @@ class VillaClipConfig(VillaPreTrainedConfig):
             "type": "multimodal",
         }
     }
-    sub_configs = {"vision_config": VillaVisionConfig, "text_config": CLIPTextConfig}
+    sub_configs = {"vision_config": VillaVisionConfig, "text_config": AutoConfig}
 
     vision_config: Any = None
     text_config: Any = None
@@ -157,8 +224,9 @@ class VillaClipConfig(VillaPreTrainedConfig):
         if not isinstance(self.vision_config, PreTrainedConfig):
             self.vision_config = VillaVisionConfig(**(self.vision_config or {}))
         if not isinstance(self.text_config, PreTrainedConfig):
-            defaults = {"projection_dim": self.vision_config.projection_dim}
-            self.text_config = CLIPTextConfig(**{**defaults, **(self.text_config or {})})
+            given = {"projection_dim": self.vision_config.projection_dim, **(self.text_config or {})}
+            text_class = VillaTextConfig if given.get("model_type") == VillaTextConfig.model_type else CLIPTextConfig
+            self.text_config = text_class(**given)
         if self.vision_config.projection_dim != self.text_config.projection_dim:
             raise ValueError(
                 "The towers' embeddings differ in width: vision_config.projection_dim is "

@@ -10,11 +10,16 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import CLIPTextModelWithProjection, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
-from .configuration_villa import VillaClipConfig
+from .configuration_villa import VillaClipConfig, VillaVisionConfig
 from .losses_villa import clip_contrastive_loss
-from .vision_villa import VillaVisionModel
+from .processing_villa import check_tokenizer
+from .text_villa import VillaTextModel
+from .towers_villa import fill, load_image_tower, load_text_tower
+from .vision_villa import VillaVisionModel, check_image_size
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -41,7 +46,7 @@ class VillaClipOutput(ModelOutput):
 
 
 class VillaClipModel(PreTrainedModel):
-    """Image tower with regions, CLIP's text tower, one temperature (ViLLA, section 5.2)."""
+    """Image tower with regions, CLIP's text tower or another, one temperature (ViLLA, section 5.2)."""
 
     config_class = VillaClipConfig
     base_model_prefix = "villa_clip"
@@ -52,13 +57,71 @@ class VillaClipModel(PreTrainedModel):
     def __init__(self, config: VillaClipConfig) -> None:
         super().__init__(config)
         self.vision_model = VillaVisionModel._from_config(config.vision_config)
-        self.text_model = CLIPTextModelWithProjection._from_config(config.text_config)
+        text_class = VillaTextModel if config.text_config.model_type == "villa_text" else CLIPTextModelWithProjection
+        self.text_model = text_class._from_config(config.text_config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         if module is self:
             init.constant_(self.logit_scale, math.log(1 / self.config.temperature))
+
+    @classmethod
+    def from_towers(
+        cls,
+        vision: str,
+        text: str,
+        projection_dim: int | None = None,
+        image_size: int | None = None,
+        **vision_fields: Any,
+    ) -> "VillaClipModel":
+        """A model of two pretrained towers that were not trained together; `VillaProcessor.from_towers` goes with it.
+
+            VillaClipModel.from_towers("timm/resnet50_clip.openai", "openai/clip-vit-base-patch32")
+
+        The width d of the embeddings is the text tower's, or `projection_dim`. A tower of another width gets a new
+        projection with random weights, which is logged as a warning; so does an image classifier, unless it happens to
+        have d classes. With d the encoder's width a BERT-like text tower gets no projection and stays the encoder (a
+        Sentence-BERT) that it was.
+
+        Args:
+            vision: a timm model: its name with a tag of weights (`vit_base_patch32_clip_quickgelu_224.openai`), its Hub
+                id (`timm/resnet50_clip.openai`), or a folder with its config.json and weights.
+            text: a Hub id or folder of transformers: a CLIP (its text tower is taken), or an encoder such as BERT or
+                MPNet, also as sentence-transformers saves it, whose tokens are averaged.
+            projection_dim: d; None for the text tower's width.
+            image_size: side in pixels of the images; None for the size that the image tower was trained with.
+            vision_fields: other fields of `VillaVisionConfig`, such as `region_head`. By default a ViT with a class
+                token has "attention", with as many cells as its map.
+
+        Raises:
+            ValueError: a tower cannot be found or reached, is of another kind, lacks tensors, or cannot take images of
+                `image_size`.
+        """
+        backbone, fields = load_image_tower(vision, image_size)
+        check_image_size(backbone, fields["image_size"], fields["image_size"])
+        text_config, text_state = load_text_tower(text)
+        if projection_dim not in (None, text_config.projection_dim):
+            text_config.projection, text_config.projection_dim = True, projection_dim
+        fields = {**fields, "projection_dim": text_config.projection_dim, **vision_fields}
+        model = cls(VillaClipConfig(vision_config=VillaVisionConfig(**fields), text_config=text_config))
+        head = backbone.pretrained_cfg["classifier"]
+        fresh = fill(model.vision_model.backbone, backbone.state_dict(), [head] if isinstance(head, str) else head)
+        fresh += fill(model.text_model, text_state, ["projection", "text_projection"])
+        if fresh:
+            width = model.config.projection_dim
+            logger.warning("Not in %s or %s, or not %d wide, so new: %s", vision, text, width, ", ".join(fresh))
+        return model
+
+    def check_processor(self, processor: Any) -> None:
+        """Check that a `VillaProcessor` is this model's: its tokenizer and the size of its images.
+
+        Raises:
+            ValueError: see `check_tokenizer` and `check_image_size`.
+        """
+        check_tokenizer(processor.tokenizer, self.config.text_config)
+        size = processor.image_processor.size
+        check_image_size(self.vision_model.backbone, size["height"], size["width"])
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """(B, C, H, W) pixels -> (B, d) normalised embeddings of whole images."""

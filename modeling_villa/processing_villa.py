@@ -10,6 +10,8 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling
 
+from .towers_villa import load_image_settings, load_tokenizer
+
 
 class VillaImageProcessor(TorchvisionBackend):
     """Resizes to a fixed height and width without cropping, so that boxes keep their meaning."""
@@ -38,6 +40,14 @@ class VillaProcessor(ProcessorMixin):
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None) -> None:
         super().__init__(image_processor, tokenizer)
+
+    @classmethod
+    def from_towers(cls, vision: str, text: str, image_size: int | None = None) -> "VillaProcessor":
+        """The processor of `VillaClipModel.from_towers`: the image tower's settings and the text tower's tokenizer.
+
+        Args and Raises: see there.
+        """
+        return cls(VillaImageProcessor(**load_image_settings(vision, image_size)), load_tokenizer(text))
 
     def __call__(
         self,
@@ -79,6 +89,29 @@ class VillaProcessor(ProcessorMixin):
             height, width = data["pixel_values"].shape[-2:]
             data["boxes"], data["region_mask"] = scale_boxes(boxes, [_size(i) for i in images], (width, height))
         return BatchFeature(data)
+
+
+def check_tokenizer(tokenizer: Any, text_config: Any) -> None:
+    """Check that a tokenizer is the text tower's, as far as their numbers tell.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        text_config: `VillaClipConfig.text_config`.
+
+    Raises:
+        ValueError: it has more tokens than the tower has embeddings, or another start, end or padding token than
+            the tower's configuration; all differences are named.
+    """
+    config = getattr(text_config, "encoder_config", text_config)
+    problems = []
+    if len(tokenizer) > config.vocab_size:
+        problems.append(f"{len(tokenizer)} tokens where the tower has {config.vocab_size}")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        found, expected = getattr(tokenizer, name, None), getattr(config, name, None)
+        if None not in (found, expected) and found != expected:
+            problems.append(f"{name} {found} where the tower has {expected}")
+    if problems:
+        raise ValueError(f"The tokenizer is not the text tower's: {', '.join(problems)}.")
 
 
 def scale_boxes(

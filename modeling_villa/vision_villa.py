@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.layers import AttentionPool2d, AttentionPoolLatent, PatchEmbed, RotAttentionPool2d
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 from transformers import PreTrainedModel
@@ -37,10 +38,12 @@ class VillaTokens(NamedTuple):
     Args:
         tokens: (B, P + H' W', C), the P prefix tokens (class, registers), then the cells of the map row by row.
         grid: H' and W'.
+        before: the same tokens as they enter the last block, where regions are cut from those.
     """
 
     tokens: Tensor
     grid: tuple[int, int]
+    before: Tensor | None = None
 
 
 def choose_region_head(backbone: Any, region_head: str | None) -> str:
@@ -58,7 +61,7 @@ def choose_region_head(backbone: Any, region_head: str | None) -> str:
     elif hasattr(backbone, "num_prefix_tokens") and hasattr(
         getattr(backbone, "patch_embed", None), "dynamic_feat_size"
     ):
-        attends = isinstance(getattr(backbone, "attn_pool", None), AttentionPoolLatent)
+        attends = isinstance(getattr(backbone, "attn_pool", None), AttentionPoolLatent) or has_class_token(backbone)
         possible = ["mean", "attention"] if attends else ["mean"]
     chosen = possible[0] if region_head is None and possible else region_head
     if chosen not in possible:
@@ -68,6 +71,15 @@ def choose_region_head(backbone: Any, region_head: str | None) -> str:
             "cut from the maps of stage-wise convolutional, Swin-like (NHWC) and ViT backbones."
         )
     return chosen
+
+
+def has_class_token(backbone: Any) -> bool:
+    """Whether the backbone pools by a class token whose last block can be run on other cells.
+
+    Not where that block wants to know the cells' positions (timm's Eva, which has the ViTs with RoPE).
+    """
+    pools = isinstance(backbone, VisionTransformer) and backbone.global_pool == "token"
+    return pools and backbone.attn_pool is None and len(backbone.blocks) > 1
 
 
 def _has_stages(backbone: nn.Module) -> bool:
@@ -113,9 +125,14 @@ def split_backbone(backbone: nn.Module, region_stage: int) -> tuple[list[str], l
     return steps[:at], steps[at:], strides[region_stage]
 
 
-def _make_projector(config: VillaVisionConfig) -> nn.Module:
+def _make_projector(config: VillaVisionConfig) -> tuple[int, nn.Module]:
+    """The width of the backbone's own projection, and what follows it."""
     dim, width = config.projection_dim, config.projector_width
-    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, dim))
+    if not width:
+        return dim, nn.Identity()
+    if not config.projector_norm:
+        return width, nn.Sequential(nn.ReLU(), nn.Linear(width, dim))
+    return dim, nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, dim))
 
 
 class VillaVisionModel(PreTrainedModel):
@@ -134,19 +151,21 @@ class VillaVisionModel(PreTrainedModel):
 
     def __init__(self, config: VillaVisionConfig) -> None:
         super().__init__(config)
+        width, projector = _make_projector(config)
         self.backbone = timm.create_model(
             config.backbone,
             pretrained=False,
             in_chans=config.num_channels,
-            num_classes=config.projection_dim,
+            num_classes=width,
             **(config.backbone_kwargs or {}),
         )
         module: Any
         for module in self.backbone.modules():
             module.initialised_by_timm = True
         self._built_on_meta = any(parameter.is_meta for parameter in self.backbone.parameters())
-        self.projector = _make_projector(config) if config.projector_width else nn.Identity()
+        self.projector = projector
         self.region_head = choose_region_head(self.backbone, config.region_head)
+        self._repeats_last_block = self.region_head == "attention" and has_class_token(self.backbone)
         self._channels_last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
         if self.region_head == "stages":
             self._trunk, self._late_stages, self.stride = split_backbone(self.backbone, config.region_stage)
@@ -181,10 +200,18 @@ class VillaVisionModel(PreTrainedModel):
             ValueError: the backbone has an image size or patch size, which `pixel_values` do not fit, or what it
                 makes of them is no map.
         """
-        _check_image_size(self.backbone, pixel_values)
+        check_image_size(self.backbone, *pixel_values.shape[-2:])
         if self.region_head == "stages":
             return self._run(self._trunk, pixel_values)
-        features = self.backbone.forward_features(pixel_values)
+        before = None
+        if self._repeats_last_block:
+            # The output of the last block but one, its cells and its prefix tokens.
+            features, ((cells, prefix_tokens),) = self.backbone.forward_intermediates(
+                pixel_values, [len(self.backbone.blocks) - 2], return_prefix_tokens=True, output_fmt="NLC"
+            )
+            before = torch.cat([prefix_tokens, cells], 1)
+        else:
+            features = self.backbone.forward_features(pixel_values)
         if features.dim() == 4:
             return features.permute(0, 3, 1, 2) if self._channels_last else features
         name, prefix = type(self.backbone).__name__, getattr(self.backbone, "num_prefix_tokens", None)
@@ -196,7 +223,7 @@ class VillaVisionModel(PreTrainedModel):
                 f"{name} gives {features.shape[1]} tokens where {grid[0]} x {grid[1]} cells and {prefix} prefix tokens "
                 "are expected; regions need them all (no patch_drop_rate)."
             )
-        return VillaTokens(features, grid)
+        return VillaTokens(features, grid, before)
 
     def embed_images(self, feature_map: Tensor | VillaTokens) -> Tensor:
         """Feature map of whole images -> (B, d): the backbone's own output, through the projector if there is one."""
@@ -221,7 +248,8 @@ class VillaVisionModel(PreTrainedModel):
         """
         image_index, region_index = region_mask.nonzero(as_tuple=True)
         if isinstance(feature_map, VillaTokens):
-            cells = feature_map.tokens[:, self.backbone.num_prefix_tokens :]
+            tokens = feature_map.tokens if feature_map.before is None else feature_map.before
+            prefix, cells = tokens.tensor_split([self.backbone.num_prefix_tokens], 1)
             dense_map = cells.transpose(1, 2).unflatten(2, feature_map.grid)
         else:
             dense_map = feature_map
@@ -235,7 +263,9 @@ class VillaVisionModel(PreTrainedModel):
         if self.region_head == "mean":
             crops = crops.mean((2, 3), keepdim=True)
         crops = crops.to(dense_map.dtype)
-        if isinstance(feature_map, VillaTokens):
+        if self._repeats_last_block:
+            crops = self._run_last_block(prefix[image_index], crops)
+        elif isinstance(feature_map, VillaTokens):
             crops = self._as_tokens(crops)
         return embeds.index_put((image_index, region_index), self.embed_images(crops).to(embeds.dtype))
 
@@ -274,6 +304,12 @@ class VillaVisionModel(PreTrainedModel):
             tokens = nn.functional.pad(tokens, (0, 0, prefix, 0))
         return VillaTokens(tokens, (crops.shape[2], crops.shape[3]))
 
+    def _run_last_block(self, prefix: Tensor, crops: Tensor) -> VillaTokens:
+        """(K, P, C) prefix tokens and (K, C, h, w) crops, as they enter the last block -> what comes out of it."""
+        tokens = torch.cat([prefix, crops.flatten(2).transpose(1, 2)], 1)
+        tokens = self.backbone.norm(self.backbone.blocks[-1](tokens))
+        return VillaTokens(tokens, (crops.shape[2], crops.shape[3]))
+
     def forward(
         self,
         pixel_values: Tensor,
@@ -307,12 +343,15 @@ class VillaVisionModel(PreTrainedModel):
         return x
 
 
-def _check_image_size(backbone: Any, pixel_values: Tensor) -> None:
-    """Say what timm says in an assertion, and what can be done about it."""
+def check_image_size(backbone: Any, height: int, width: int) -> None:
+    """Check that a timm backbone takes images of this size, in pixels.
+
+    Raises:
+        ValueError: what timm says in an assertion, and what can be done about it.
+    """
     embed = getattr(backbone, "patch_embed", None)
     if not isinstance(embed, PatchEmbed) or embed.img_size is None:
         return
-    height, width = pixel_values.shape[-2:]
     rows, columns = embed.patch_size
     name = type(backbone).__name__
     if embed.strict_img_size and (height, width) != tuple(embed.img_size):

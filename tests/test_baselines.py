@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 from datasets import load_from_disk
+from tower_folders import encoder_folder, timm_folder
 from training_helpers import (
+    ChildError,
     copy_of_run,
     files_of,
     finished_run,
@@ -142,6 +144,38 @@ def test_a_vlm_s_regions_may_be_crops(finished, tmp_path):
     words = ("--run_dir", copy, "--vlm", tmp_path / "crop" / "model", "--max_steps", 1)
     mapping = VillaMappingModel.from_pretrained(in_child(run_stage, "stage1", config, *words))
     assert mapping.config.vlm_config.vision_config.region_source == "crop"
+
+
+def test_other_towers_go_through_all_stages(tmp_path):
+    timm_folder(tmp_path / "image", "resnet18", 24, {"layers": [1, 1], "channels": [8, 16]})
+    encoder_folder(tmp_path / "text", "bert", "mean_tokens")
+    towers = str(tmp_path / "image"), str(tmp_path / "text")
+    vlm = tmp_path / "vlm"
+    VillaClipModel.from_towers(*towers, image_size=84).save_pretrained(vlm)
+    VillaProcessor.from_towers(*towers, image_size=84).save_pretrained(vlm)
+    config = write_config(tmp_path, max_steps=1, stage0={"vlm": str(vlm)}, stage2={"image_tower": "vlm"})
+    for stage in ("stage0", "stage1", "map_regions"):
+        in_child(run_stage, stage, config)
+    start = VillaClipModel.from_pretrained(tmp_path / "run" / "stage0" / "model").state_dict()
+    names = {name for name in start if name.startswith("text_model.")}
+    for how in ("full", "lora", "frozen"):
+        words = ("--text", how, "--vision", "lora", "--output_dir", tmp_path / how)
+        trained = VillaClipModel.from_pretrained(in_child(run_stage, "stage2", config, *words)).state_dict()
+        moved = {name for name in names if not torch.equal(start[name], trained[name])}
+        assert ("text_model.encoder.encoder.layer.0.attention.self.query.weight" in moved) == (how != "frozen")
+        assert ("text_model.encoder.embeddings.word_embeddings.weight" in moved) == (how == "full")
+
+
+def test_a_tokenizer_that_is_not_the_text_tower_s_is_refused(finished, tmp_path):
+    config, run_dir = finished
+    copy = copy_of_run(run_dir, tmp_path, "stage0")
+    folder = copy / "stage0" / "model"
+    processor = VillaProcessor.from_pretrained(folder)
+    processor.tokenizer.add_tokens(["new", "words"])
+    processor.save_pretrained(folder)
+    size = VillaClipModel.from_pretrained(folder).config.text_config.vocab_size
+    with pytest.raises(ChildError, match=rf"stage0/model: The tokenizer is not .*{size + 2} tokens where .* {size}"):
+        in_child(run_stage, "stage1", config, "--run_dir", copy)
 
 
 @torch.no_grad()

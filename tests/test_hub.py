@@ -35,6 +35,7 @@ STAGE1 = ("--save_steps", 2, "--max_steps", 6)
 CODE = {
     *("configuration_villa.py", "vision_villa.py", "losses_villa.py", "modeling_villa_clip.py", "processing_villa.py"),
     *("pipeline_villa.py", "proposals_villa.py", "assignment_villa.py", "handler.py"),
+    *("text_villa.py", "towers_villa.py"),
 }
 
 

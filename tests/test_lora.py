@@ -163,7 +163,7 @@ def test_stage2_trains_each_tower_as_told(finished, tmp_path, vision, text, word
     run_stage("stage2", config, *words)
     folder = copy / "stage2"
     base, whole = (state_of(folder / name, VillaClipModel) for name in ("base", "model"))
-    built = stage2.build_vlm(
+    built, _ = stage2.build_vlm(
         stage_arguments("stage2", config, *words), copy / "stage0" / "model", copy / "stage1" / "model"
     )
     assert all(".projector." in name for name in changed(built.state_dict(), base))

@@ -271,7 +271,7 @@ def test_a_new_projector_leaves_the_rest_as_it_was(finished):
     config, run_dir = finished
     folders = run_dir / "stage0" / "model", run_dir / "stage1" / "model"
     plain, wide = (
-        stage2.build_vlm(stage_arguments("stage2", config, *words), *folders).state_dict()
+        stage2.build_vlm(stage_arguments("stage2", config, *words), *folders)[0].state_dict()
         for words in ((), ("--projector_width", 8))
     )
     assert all(torch.equal(wide[name], tensor) for name, tensor in plain.items())
@@ -282,7 +282,7 @@ def test_stage2_may_have_a_temperature_of_its_own(finished):
     config, run_dir = finished
     folders = run_dir / "stage0" / "model", run_dir / "stage1" / "model"
     for words, tau in (((), 0.07), (("--temperature", 0.1), 0.1)):
-        model = stage2.build_vlm(stage_arguments("stage2", config, "--projector_width", 8, *words), *folders)
+        model, _ = stage2.build_vlm(stage_arguments("stage2", config, "--projector_width", 8, *words), *folders)
         assert model.config.temperature == tau and model.logit_scale.exp().item() == pytest.approx(1 / tau)
     with pytest.raises(ValueError, match=r"temperature must be positive, got -1\.0"):
         stage_arguments("stage2", config, "--temperature", -1)

@@ -234,6 +234,20 @@ def test_projector_is_an_mlp_behind_the_backbone():
         tiny(projector_width=-1)
 
 
+@torch.no_grad()
+def test_projector_without_norm_makes_the_backbones_projection_its_first_layer():
+    model = tiny(projector_width=8, projector_norm=False)
+    _, last = model.projector
+    assert (model.backbone.fc.out_features, last.in_features, last.out_features) == (8, 8, 12)
+    pixels, boxes = torch.rand(2, 3, 64, 64), torch.tensor([[[0.0, 0, 64, 64]]] * 2)
+    expected = last(model.backbone(pixels).relu())
+    output = model(pixels, boxes)
+    torch.testing.assert_close(output.image_embeds, expected)
+    assert output.region_embeds.shape == (2, 1, 12)
+    plain = tiny(projector_norm=False)  # nothing to leave the norm out of
+    assert plain.backbone.fc.out_features == 12 and isinstance(plain.projector, torch.nn.Identity)
+
+
 # Regions from the last map: Swins and ViTs
 
 VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -370,6 +384,71 @@ def test_attention_head_attends_to_the_cells_in_a_box(backbone, kwargs):
     assert torch.equal(found.image_embeds, model.backbone(pixels))
 
 
+CLASS_TOKENS = {
+    "clip": ("vit_base_patch32_clip_quickgelu_224", VIT),
+    "registers": ("vit_tiny_patch16_224", {**VIT, "reg_tokens": 2}),
+    "any size": ("vit_tiny_patch16_224", {**VIT, "dynamic_img_size": True}),
+    "distilled": ("deit_tiny_distilled_patch16_224", VIT),
+}
+
+
+def class_token_model(name, **changes):
+    backbone, kwargs = CLASS_TOKENS[name]
+    settings = {"backbone": backbone, "backbone_kwargs": kwargs, "region_head": "attention", "roi_size": 3}
+    return last_map("class token", **{**settings, **changes})
+
+
+def masked_last_block(backbone, pixels, inside):
+    """The backbone's own output if, in its last block, only the cells `inside` (row, column) and the prefix are there.
+
+    Written as a mask over all tokens: attention, by hand and head by head, gives the others no weight.
+    """
+    x = backbone.norm_pre(backbone._pos_embed(backbone.patch_embed(pixels)))
+    for block in backbone.blocks[:-1]:
+        x = block(x)
+    last, prefix = backbone.blocks[-1], backbone.num_prefix_tokens
+    side = backbone.patch_embed.grid_size[1]
+    seen = torch.zeros(x.shape[1], dtype=torch.bool)
+    seen[:prefix] = True
+    for row, column in inside:
+        seen[prefix + row * side + column] = True
+    normed, outputs = last.norm1(x), []
+    q, k, v = last.attn.qkv(normed).chunk(3, dim=-1)
+    width = q.shape[-1] // last.attn.num_heads
+    for head in range(last.attn.num_heads):
+        part = slice(head * width, (head + 1) * width)
+        weights = (q[..., part] @ k[..., part].transpose(1, 2) / width**0.5).masked_fill(~seen, -torch.inf)
+        outputs.append(weights.softmax(-1) @ v[..., part])
+    x = x + last.attn.proj(torch.cat(outputs, -1))
+    x = backbone.norm(x + last.mlp(last.norm2(x)))
+    return backbone.forward_head(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CLASS_TOKENS)
+def test_the_class_token_attends_to_the_cells_in_a_box_alone(name):
+    model, pixels, cell, _ = class_token_model(name)
+    corners = [[(0, 0), (1, 0)], [(3, 4), (5, 5)]]
+    boxes = cell * torch.tensor([[(x, y, x + 3, y + 3) for x, y in image] for image in corners]).float()
+    found = model(pixels, boxes)
+    for i, image in enumerate(corners):
+        for r, (x, y) in enumerate(image):
+            inside = [(y + row, x + column) for row in range(3) for column in range(3)]
+            expected = masked_last_block(model.backbone, pixels[i : i + 1], inside)[0]
+            torch.testing.assert_close(found.region_embeds[i, r], expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.image_embeds, model.backbone(pixels))
+    assert torch.equal(found.image_embeds, model(pixels).image_embeds)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CLASS_TOKENS)
+def test_the_whole_image_as_a_box_is_the_image_where_a_class_token_attends(name):
+    model, pixels, _, _ = class_token_model(name, roi_size=8)
+    output = model(pixels, torch.tensor([[[0.0, 0, 32, 32], [0, 0, 32, 16]]] * 2))
+    torch.testing.assert_close(output.region_embeds[:, 0], output.image_embeds, rtol=1e-4, atol=1e-5)
+    assert (output.region_embeds[:, 1] - output.image_embeds).abs().max() > 1e-3
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", LAST_MAPS)
 def test_images_are_the_backbones_own_output_from_one_pass(name):
@@ -400,9 +479,9 @@ def test_the_whole_image_as_a_box_is_the_image_where_the_backbone_attends_to_eve
     torch.testing.assert_close(output.region_embeds[:, 0], output.image_embeds, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["swin", "class token", "attention pool"])
+@pytest.mark.parametrize("name", ["swin", "class token", "attention pool", "last block"])
 def test_padding_of_regions_from_the_last_map(name):
-    model, pixels, _, _ = last_map(name)
+    model, pixels, _, _ = class_token_model("registers") if name == "last block" else last_map(name)
     boxes = torch.tensor([[[0, 0, 16, 16], [8, 16, 32, 20.5]], [[4, 4, 20, 30], [0] * 4]])
     mask = torch.tensor([[True, True], [True, False]])
     found = model(pixels, boxes, mask, embed_images=False).region_embeds
@@ -425,7 +504,10 @@ def test_padding_of_regions_from_the_last_map(name):
         ("swin_tiny_patch4_window7_224", "stages", "SwinTransformer cannot have region_head 'stages'; possible: mean"),
         ("vit_tiny_patch16_224", None, "mean"),
         ("vit_tiny_patch16_224", "stages", "VisionTransformer cannot have region_head 'stages'; possible: mean"),
-        ("vit_tiny_patch16_224", "attention", "VisionTransformer cannot have region_head 'attention'; possible: mean"),
+        ("vit_tiny_patch16_224", "attention", "attention"),
+        ("vit_base_patch32_clip_quickgelu_224", "attention", "attention"),
+        ("vit_small_patch16_rope_mixed_224", "attention", "Eva cannot have region_head 'attention'; possible: mean"),
+        ("vit_base_patch16_gap_224", "attention", "VisionTransformer cannot have region_head 'attention'; possible: m"),
         ("vit_base_patch16_siglip_224", None, "mean"),
         ("vit_base_patch16_siglip_224", "stages", "cannot have region_head 'stages'; possible: mean, attention"),
         ("vit_base_patch16_rope_reg1_gap_256", None, "mean"),
@@ -435,7 +517,7 @@ def test_padding_of_regions_from_the_last_map(name):
 def test_region_head_is_chosen_by_the_kind_of_backbone(backbone, asked, chosen):
     with torch.device("meta"):
         network = timm.create_model(backbone, num_classes=5)
-    if chosen in ("stages", "mean"):
+    if chosen in ("stages", "mean", "attention"):
         assert choose_region_head(network, asked) == chosen
     else:
         with pytest.raises(ValueError, match=chosen):

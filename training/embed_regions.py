@@ -19,8 +19,8 @@ from artifacts import fingerprint_of_model, is_finished, write_folder, write_met
 from datasets_scripts.loading import Collator
 from datasets_scripts.schema import attribute_names
 from hub import local_folder, push_artifact
-from modeling_villa import VillaClipModel, VillaProcessor
-from stage import fingerprints, load_splits, start
+from modeling_villa import VillaClipModel
+from stage import fingerprints, load_splits, open_vlm, start
 
 STAGE = "embed_regions"
 
@@ -53,8 +53,9 @@ def build(
     meta: dict[str, Any],
 ) -> None:
     """Embed the splits and write the store."""
-    model = VillaClipModel.from_pretrained(vlm_dir).to(start().device).eval()
-    collate = Collator(VillaProcessor.from_pretrained(vlm_dir), len(attribute_names(splits["train"])))
+    model, processor = open_vlm(vlm_dir)
+    model.to(start().device).eval()
+    collate = Collator(processor, len(attribute_names(splits["train"])))
     width = model.config.projection_dim
     features = Features({"image_id": Value("string"), "region_embeds": Array2D((None, width), "float32")})
 

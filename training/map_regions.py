@@ -20,9 +20,9 @@ from artifacts import fingerprint_of_model, is_finished, write_folder, write_met
 from datasets_scripts.loading import Collator
 from datasets_scripts.schema import attribute_groups, attribute_names, attribute_prompts
 from hub import local_folder, push_artifact
-from modeling_villa import VillaClipModel, VillaMappingConfig, VillaMappingModel, VillaProcessor
+from modeling_villa import VillaMappingConfig, VillaMappingModel, VillaProcessor
 from modeling_villa.assignment_villa import assign_attributes
-from stage import fingerprints, load_splits, start
+from stage import fingerprints, load_splits, open_vlm, start
 
 STAGE = "map_regions"
 
@@ -71,13 +71,14 @@ class Scorer:
 
     def __init__(self, scores: str, folder: Path, dataset: Dataset) -> None:
         names, prompts = attribute_names(dataset), attribute_prompts(dataset)
-        self.processor = VillaProcessor.from_pretrained(folder)
         self.queries = None
         if scores == "vlm":
-            self.model = VillaClipModel.from_pretrained(folder).to(start().device).eval()
+            self.model, self.processor = open_vlm(folder)
+            self.model.to(start().device).eval()
             self.queries = self.model.embed_prompts([prompts[name] for name in names], self.processor.tokenizer)
-            self.config = VillaMappingConfig(attributes=names, attribute_groups=attribute_groups(dataset))
+            self.config: Any = VillaMappingConfig(attributes=names, attribute_groups=attribute_groups(dataset))
             return
+        self.processor = VillaProcessor.from_pretrained(folder)
         self.model = VillaMappingModel.from_pretrained(folder).to(start().device).eval()
         self.config = self.model.config
         if self.config.attributes != names:

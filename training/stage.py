@@ -17,7 +17,7 @@ from card import CardFacts
 from datasets_scripts.loading import load_split
 from datasets_scripts.schema import attribute_names
 from hub import fetch_model, push_adapter, push_model
-from modeling_villa import VillaProcessor
+from modeling_villa import VillaClipModel, VillaProcessor
 
 # How long processes wait for the one that generates data or embeds regions.
 PATIENCE = timedelta(hours=24)
@@ -30,6 +30,20 @@ def start() -> PartialState:
     for client in ("httpx", "httpx2"):  # they tell of every request
         logging.getLogger(client).setLevel(logging.WARNING)
     return state
+
+
+def open_vlm(folder: Path) -> tuple[VillaClipModel, VillaProcessor]:
+    """A VLM and its processor.
+
+    Raises:
+        ValueError: the tokenizer is not the text tower's, or the image tower can't take the processor's images.
+    """
+    model, processor = VillaClipModel.from_pretrained(folder), VillaProcessor.from_pretrained(folder)
+    try:
+        model.check_processor(processor)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    return model, processor
 
 
 def load_splits(args: StageArguments) -> dict[str, Dataset]:

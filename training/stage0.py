@@ -25,7 +25,7 @@ from hub import local_folder
 from loop import Objective, identity, make_accelerator, train
 from modeling_villa import VillaClipConfig, VillaClipModel, VillaImageProcessor, VillaProcessor
 from modeling_villa.configuration_villa import REGION_SOURCES
-from stage import fingerprints, has_model, load_splits, save_model, send_model
+from stage import fingerprints, has_model, load_splits, open_vlm, save_model, send_model
 from texts import tokenize, train_tokenizer
 
 STAGE = "stage0"
@@ -101,10 +101,9 @@ class ImageTextCollator(Collator):
 def build_vlm(args: Stage0Arguments, dataset: Dataset) -> tuple[VillaClipModel, VillaProcessor]:
     """The VLM that Stage 0 starts from, with its processor."""
     if args.vlm:
-        vlm = local_folder(args.vlm)
-        model = VillaClipModel.from_pretrained(vlm)
+        model, processor = open_vlm(local_folder(args.vlm))
         model.config.vision_config.region_source = args.region_source or model.config.vision_config.region_source
-        return model, VillaProcessor.from_pretrained(vlm)
+        return model, processor
     tokenizer = train_tokenizer(dataset["text"], args.vocab_size, args.max_text_length)
     config = VillaClipConfig(
         vision_config={

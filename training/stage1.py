@@ -20,9 +20,9 @@ from gather import gather_with_gradient
 from hub import local_folder, open_artifact
 from loop import Objective, identity, make_accelerator, train
 from lora import TRAINED, LoraArguments, add_adapter, import_peft, keep_statistics, save_adapter
-from modeling_villa import VillaClipModel, VillaMappingConfig, VillaMappingModel, VillaProcessor
+from modeling_villa import VillaMappingConfig, VillaMappingModel
 from modeling_villa.losses_villa import mapping_contrastive_loss
-from stage import fingerprints, has_model, load_splits, save_model, send_model
+from stage import fingerprints, has_model, load_splits, open_vlm, save_model, send_model
 
 STAGE = "stage1"
 
@@ -121,7 +121,7 @@ def run(args: Stage1Arguments) -> Path:
         return send_model(args, output_dir / "model", splits)
     names, prompts = attribute_names(splits["train"]), attribute_prompts(splits["train"])
     set_seed(args.seed)
-    vlm, processor = VillaClipModel.from_pretrained(vlm_dir), VillaProcessor.from_pretrained(vlm_dir)
+    vlm, processor = open_vlm(vlm_dir)
     # Or the path of its folder on this machine would be saved, and pushed, in the new config.
     vlm.config.name_or_path = ""
     config = VillaMappingConfig(

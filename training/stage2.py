@@ -24,7 +24,7 @@ from hub import local_folder, open_artifact
 from loop import Objective, identity, make_accelerator, train
 from lora import TRAINED, LoraArguments, add_adapter, import_peft, keep_statistics, save_adapter
 from modeling_villa import VillaClipModel, VillaMappingModel, VillaProcessor
-from stage import fingerprints, has_model, load_splits, save_model, send_model
+from stage import fingerprints, has_model, load_splits, open_vlm, save_model, send_model
 from texts import FrozenTexts, RegionTexts, tokenize
 
 STAGE = "stage2"
@@ -166,22 +166,22 @@ def read_pairs(folder: str | Path, splits: dict[str, Dataset]) -> tuple[dict[str
     return joined, meta
 
 
-def build_vlm(args: Stage2Arguments, vlm_dir: Path, mapping_dir: Path) -> VillaClipModel:
+def build_vlm(args: Stage2Arguments, vlm_dir: Path, mapping_dir: Path) -> tuple[VillaClipModel, VillaProcessor]:
     """The VLM that Stage 2 starts from: its text tower, an image tower, and a fresh projector if one is asked for."""
-    vlm = VillaClipModel.from_pretrained(vlm_dir)
+    vlm, processor = open_vlm(vlm_dir)
     if args.temperature is not None:
         vlm.config.temperature = args.temperature
         torch.nn.init.constant_(vlm.logit_scale, -math.log(args.temperature))
     if args.image_tower == "mapping_model":
         vlm.vision_model = VillaMappingModel.from_pretrained(mapping_dir).vlm.vision_model
     if args.projector_width is None:
-        return vlm
+        return vlm, processor
     config: Any = copy.deepcopy(vlm.config)
     config.vision_config.projector_width = args.projector_width
     model = VillaClipModel(config)
     kept = {name: tensor for name, tensor in vlm.state_dict().items() if ".projector." not in name}
     model.load_state_dict({**model.state_dict(), **kept})
-    return model
+    return model, processor
 
 
 def split_towers(args: Stage2Arguments, model: VillaClipModel) -> tuple[list[str], list[str]]:
@@ -196,8 +196,9 @@ def split_towers(args: Stage2Arguments, model: VillaClipModel) -> tuple[list[str
     if args.text == "lora":
         adapted.append("text_model")
     elif args.text == "full":
-        # Not "text_model": the name of what is inside ends like that, too.
-        trained += ["text_model.text_model", "text_model.text_projection"]
+        # Not "text_model": the name of what is inside CLIP's ends like that, too.
+        parts = model.text_model.named_children()
+        trained += [f"text_model.{name}" for name, part in parts if any(True for _ in part.parameters())]
     return adapted, trained
 
 
@@ -228,7 +229,7 @@ def run(args: Stage2Arguments) -> Path:
         return send_model(args, output_dir / "model", splits)
     names, prompts = attribute_names(splits["train"]), attribute_prompts(splits["train"])
     set_seed(args.seed)
-    model, processor = build_vlm(args, vlm_dir, mapping_dir), VillaProcessor.from_pretrained(vlm_dir)
+    model, processor = build_vlm(args, vlm_dir, mapping_dir)
     model.vision_model.backbone.requires_grad_(args.vision == "full")
     model.text_model.requires_grad_(args.text == "full")
     model.logit_scale.requires_grad_(args.learn_temperature)
