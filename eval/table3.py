@@ -8,12 +8,11 @@ are the files of training/configs/methods.
 
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from report import read_arguments
 from retrieval import RetrievalArguments
 from retrieval import main as retrieve
-from tables import Metrics, Runs, TableArguments, draw_bars, markdown, method_config, summarise, write
+from tables import Metrics, Runs, TableArguments, method_config, publish
 
 TITLES = {
     "clip_zs": "CLIP-ZS",
@@ -62,10 +61,7 @@ def main(args: Table3Arguments) -> None:
     runs = Runs(args)
     per_seed = [run_methods(args, runs, seed) for seed in args.seeds]
     found = {row: [metrics[row] for metrics in per_seed] for row in per_seed[0]}
-    summary = summarise(found)
-    path = Path(args.output or runs.root / "table3")
-    write(path, markdown(summary, COLUMNS, "table 3"), found, args, runs.seconds, start)
-    draw_bars(path, summary, COLUMNS, "%")
+    publish("table3", found, COLUMNS, runs, start)
 
 
 if __name__ == "__main__":

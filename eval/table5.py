@@ -7,12 +7,11 @@ is the config's, of its section `map_regions`.
 """
 
 import time
-from pathlib import Path
 
 from mapping import MappingArguments
 from mapping import main as evaluate
 from report import read_arguments
-from tables import Metrics, Runs, TableArguments, draw_bars, markdown, summarise, write
+from tables import Metrics, Runs, TableArguments, publish
 
 ROWS = {"random/": "random", "vlm_zs/": "VLM-ZS", "": "ViLLA"}
 COLUMNS = {"mapping/precision": "precision", "mapping/recall": "recall", "mapping/f1": "F1"}
@@ -33,10 +32,7 @@ def main(args: TableArguments) -> None:
         metrics = evaluate(MappingArguments(mapping_model=mapping_model, vlm=vlm, seed=seed, **options))
         for prefix, title in ROWS.items():
             found[title].append({key: metrics[prefix + key] for key in COLUMNS})
-    summary = summarise(found)
-    path = Path(args.output or runs.root / "table5")
-    write(path, markdown(summary, COLUMNS, "table 5"), found, args, runs.seconds, start)
-    draw_bars(path, summary, COLUMNS, "%")
+    publish("table5", found, COLUMNS, runs, start)
 
 
 if __name__ == "__main__":

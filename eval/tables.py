@@ -205,6 +205,13 @@ def write(
     sys.stdout.write(f"\n{text}\n{path}.md, .json, .png; {time.time() - start:.0f} s\n")
 
 
+def publish(name: str, found: Mapping[str, list[Metrics]], titles: Mapping[str, str], runs: Runs, start: float) -> None:
+    """Write a table of the paper, and draw it."""
+    summary, path = summarise(found), Path(runs.args.output or runs.root / name)
+    write(path, markdown(summary, titles, name), found, runs.args, runs.seconds, start)
+    draw_bars(path, summary, titles, "%")
+
+
 def draw_bars(
     path: Path, summary: Mapping[str, Mapping[str, list[float]]], titles: Mapping[str, str], ylabel: str
 ) -> None:

@@ -1,12 +1,15 @@
 """What the conversions share: reading checkpoints, comparing tensors, writing the folder."""
 
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import HfArgumentParser
 
 from .modeling_villa_clip import VillaClipModel
 from .processing_villa import VillaProcessor
@@ -80,3 +83,9 @@ def write(output: str, model: VillaClipModel, processor: VillaProcessor) -> None
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
     os.replace(partial, folder)
+
+
+def run(arguments: Any, convert: Callable[[Any], None]) -> None:
+    """A conversion's command line, its options those of a dataclass."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    convert(HfArgumentParser(arguments, allow_abbrev=False).parse_args_into_dataclasses()[0])

@@ -19,14 +19,14 @@ import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
-from transformers import AutoConfig, HfArgumentParser
+from transformers import AutoConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .configuration_villa import VillaClipConfig, VillaTextConfig
-from .convert_common import check_output, check_tensors, counters, read_tensors, write
+from .convert_common import check_output, check_tensors, counters, read_tensors, run, write
 from .modeling_villa_clip import VillaClipModel
 from .processing_villa import VillaImageProcessor, VillaProcessor
 from .towers_villa import load_tokenizer
@@ -189,9 +189,7 @@ def convert(args: Arguments) -> None:
 
 def main() -> None:
     """Command line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    (args,) = HfArgumentParser(cast(Any, Arguments), allow_abbrev=False).parse_args_into_dataclasses()
-    convert(args)
+    run(Arguments, convert)
 
 
 if __name__ == "__main__":

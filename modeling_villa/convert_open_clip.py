@@ -8,18 +8,18 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from timm.models.byobnet import checkpoint_filter_fn
 from torch import Tensor
-from transformers import CLIPTokenizer, HfArgumentParser
+from transformers import CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from .configuration_villa import VillaClipConfig
-from .convert_common import check_output, check_tensors, counters, read_tensors, write
+from .convert_common import check_output, check_tensors, counters, read_tensors, run, write
 from .modeling_villa_clip import VillaClipModel
 from .processing_villa import VillaImageProcessor, VillaProcessor
 from .towers_villa import warn_of_activation
@@ -272,9 +272,7 @@ def _download(hub_id: str) -> Path:
 
 def main() -> None:
     """Command line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    (args,) = HfArgumentParser(cast(Any, Arguments), allow_abbrev=False).parse_args_into_dataclasses()
-    convert(args)
+    run(Arguments, convert)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,8 @@ python -m modeling_villa.convert_towers --vision timm/resnet50_clip.openai --tex
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any, cast
 
-from transformers import HfArgumentParser
-
-from .convert_common import check_output, write
+from .convert_common import check_output, run, write
 from .modeling_villa_clip import VillaClipModel
 from .processing_villa import VillaProcessor
 
@@ -44,9 +41,7 @@ def convert(args: Arguments) -> None:
 
 def main() -> None:
     """Command line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    (args,) = HfArgumentParser(cast(Any, Arguments), allow_abbrev=False).parse_args_into_dataclasses()
-    convert(args)
+    run(Arguments, convert)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig, HfArgumentParser
+from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import cached_file
 
 from .configuration_villa import VillaClipConfig
-from .convert_common import check_output, check_tensors, read_tensors, write
+from .convert_common import check_output, check_tensors, read_tensors, run, write
 from .modeling_villa_clip import VillaClipModel
 from .processing_villa import VillaImageProcessor, VillaProcessor
 from .towers_villa import load_tokenizer, settle_special_tokens, warn_of_activation
@@ -185,9 +185,7 @@ def _find(checkpoint: str, name: str) -> Path | None:
 
 def main() -> None:
     """Command line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    (args,) = HfArgumentParser(cast(Any, Arguments), allow_abbrev=False).parse_args_into_dataclasses()
-    convert(args)
+    run(Arguments, convert)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def test_table_5_and_the_sweep_find_the_same_run(table, tmp_path):
     assert found["run"]["epsilon"] == 0.5
     lines = (tmp_path / "table5.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines] == [
-        "| table 5",
+        "| table5",
         "|---|---|---|---|",
         *("| random", "| VLM-ZS", "| ViLLA"),
     ]
