@@ -58,7 +58,7 @@ def draw(path: Path, curves: dict[str, dict[float, list[Metrics]]]) -> None:
 def main(args: SweepArguments) -> None:
     """Train, evaluate, write."""
     start = time.time()
-    seconds: dict[str, float] = {}
+    seconds: dict[str, float | None] = {}
     curves: dict[str, dict[float, list[Metrics]]] = {}
     for complexity in args.complexities:
         runs = Runs(args, f"c{complexity}", complexity=complexity)

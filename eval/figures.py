@@ -36,7 +36,8 @@ class FigureArguments(MappingArguments):
 
 def draw_curves(run_dir: Path) -> None:
     """`curves.png`: training and validation loss of each stage that left a log."""
-    logs = {str(path.parent.relative_to(run_dir)): path for path in sorted(run_dir.rglob("log.jsonl"))}
+    paths = sorted([*run_dir.glob("stage?/log.jsonl"), *run_dir.glob("ceiling/stage2/log.jsonl")])
+    logs = {str(path.parent.relative_to(run_dir)): path for path in paths}
     if not logs:
         raise ValueError(f"{run_dir} holds no stage's log.jsonl; run training/pipeline.py first.")
     figure, axes = plt.subplots(1, len(logs), figsize=(4 * len(logs), 3), squeeze=False, layout="constrained")

@@ -60,6 +60,7 @@ def main(args: MappingArguments) -> dict[str, float]:
     if model.config.attributes != names:
         raise ValueError(f"{args.mapping_model} maps {model.config.attributes}, the dataset has {names}.")
     processor = VillaProcessor.from_pretrained(args.mapping_model)
+    model.vlm.check_processor(processor)
     vlm = load_model(VillaClipModel, args.vlm) if args.vlm else None
     if args.vlm:
         check_same_inputs(processor, VillaProcessor.from_pretrained(args.vlm))

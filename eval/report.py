@@ -98,17 +98,17 @@ def provenance(args: Any, start: float) -> dict[str, Any]:
     }
 
 
-def write_metrics(args: EvaluationArguments, metrics: dict[str, float], start: float) -> None:
-    """Write the metrics, flat, and under `run` what is needed to make them again."""
-    path = Path(args.output)
+def write_aside(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(
-        json.dumps(
-            {**{key: round(value, 2) for key, value in metrics.items()}, "run": provenance(args, start)}, indent=2
-        )
-        + "\n"
-    )
+    aside.write_text(text)
     aside.replace(path)
+
+
+def write_metrics(args: EvaluationArguments, metrics: dict[str, float], start: float) -> None:
+    """Write the metrics, flat, and under `run` what is needed to make them again."""
+    rounded = {key: round(value, 2) for key, value in metrics.items()}
+    write_aside(Path(args.output), json.dumps({**rounded, "run": provenance(args, start)}, indent=2) + "\n")
     for key, value in metrics.items():
         sys.stdout.write(f"{key:50s} {value:6.2f}\n")

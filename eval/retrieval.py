@@ -69,8 +69,9 @@ def main(args: RetrievalArguments) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for entry in args.models:
         name, _, path = entry.rpartition("=")
-        model = load_model(VillaClipModel, path)
-        scores, relevance = score_regions(model, VillaProcessor.from_pretrained(path), dataset, args.batch_size)
+        model, processor = load_model(VillaClipModel, path), VillaProcessor.from_pretrained(path)
+        model.check_processor(processor)
+        scores, relevance = score_regions(model, processor, dataset, args.batch_size)
         prefix = f"{name}/" if name else ""
         metrics |= {prefix + key: value for key, value in retrieval_metrics(scores, relevance).items()}
     write_metrics(args, metrics, start)

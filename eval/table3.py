@@ -40,6 +40,8 @@ class Table3Arguments(TableArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"methods must be distinct names, at least one; got {self.methods}.")
         for method in self.methods:
             method_config(method)
 

@@ -17,7 +17,7 @@ import matplotlib as mpl
 import yaml
 from matplotlib import pyplot as plt
 
-from report import provenance
+from report import provenance, write_aside
 
 logger = logging.getLogger(__name__)
 mpl.use("Agg")
@@ -25,6 +25,15 @@ mpl.use("Agg")
 TRAINING = Path(__file__).resolve().parent.parent / "training"
 METHODS = TRAINING / "configs" / "methods"
 Metrics = dict[str, float]
+TRAINED = ("stage0", "stage1", "stage2")
+# What each stage reads: option -> the stage that makes it.
+INPUTS: dict[str, dict[str, str]] = {
+    "stage0": {},
+    "embed_regions": {"vlm": "stage0"},
+    "stage1": {"vlm": "stage0", "region_store": "embed_regions"},
+    "map_regions": {"vlm": "stage0", "mapping_model": "stage1"},
+    "stage2": {"vlm": "stage0", "mapping_model": "stage1", "pairs": "map_regions"},
+}
 
 
 @dataclass
@@ -32,7 +41,8 @@ class TableArguments:
     """Which corpus, methods and seeds."""
 
     config: list[str] = field(
-        default_factory=list, metadata={"help": "YAML of a run, as training/ takes it; of several the later ones win"}
+        default_factory=list,
+        metadata={"help": "YAML of a run; of several the later ones win", "action": "extend"},
     )
     dataset_kwargs: str | None = field(
         default=None, metadata={"help": "JSON: further arguments of load_dataset; default the config's"}
@@ -40,7 +50,7 @@ class TableArguments:
     run_dir: str | None = field(
         default=None,
         metadata={
-            "help": "folder of the runs; default the config's. Its first seed's stages are training/pipeline.py's"
+            "help": "folder of the runs; default the config's. In it the config's seed is training/pipeline.py's run"
         },
     )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "each trains every method anew"})
@@ -59,6 +69,10 @@ class TableArguments:
             raise ValueError("--config names no YAML of a run; those that come along are in training/configs.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be distinct numbers, at least one; got {self.seeds}.")
+        try:
+            json.loads(self.dataset_kwargs or "{}")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"dataset_kwargs must be a JSON object, got {self.dataset_kwargs!r}: {error}.") from None
 
 
 class Runs:
@@ -83,32 +97,38 @@ class Runs:
             "strict": bool(self.values.get("strict", False)),
         }
         self.root = Path(args.run_dir or self.values.get("run_dir", "runs/run")) / folder
-        self.seconds: dict[str, float] = {}  # stage's folder -> how long its last command took
+        # Stage's folder -> how long its commands took in all, as far as they were a table's.
+        self.seconds: dict[str, float | None] = {}
 
     def folder(self, seed: int) -> Path:
-        """The first seed's stages stand where training/pipeline.py puts them, so that its runs are found."""
-        return self.root if seed == self.args.seeds[0] else self.root / f"seed{seed}"
+        """The config's own seed stands where training/pipeline.py puts it, so that its runs are found."""
+        return self.root if seed == self.values.get("seed", 0) else self.root / f"seed{seed}"
 
     def train(self, method: str, seed: int) -> dict[str, Path]:
         """Run the stages of a method that are not finished; returns the folder of each.
 
-        A stage that the method's config leaves as it is is the run's own, and shared with other methods.
+        A stage that the method's config leaves as it is, and those before it too, is the run's own, and shared with
+        other methods.
 
         Raises:
             ValueError: there is no such method.
             RuntimeError: a stage failed; what it said stands above.
         """
         config, run_dir = method_config(method), self.folder(seed)
+        values, own = merged([*self.args.config, str(config)]), False
         folders: dict[str, Path] = {}
         for stage, changes in yaml.safe_load(config.read_text()).items():
-            if stage == "embed_regions" and self.section("stage1").get("encoder", "frozen") != "frozen":
+            if stage == "embed_regions" and (values.get("stage1") or {}).get("encoder", "frozen") != "frozen":
                 continue
-            folders[stage] = run_dir / method / stage if changes else run_dir / stage
-            words = [f"--config={path}" for path in (*self.args.config, *([config] if changes else []))]
-            words += [f"--run_dir={run_dir}", f"--output_dir={folders[stage]}", f"--seed={seed}"]
+            own = own or bool(changes)
+            words = [f"--config={path}" for path in (*self.args.config, *([config] if own else []))]
+            words += [f"--run_dir={run_dir}", f"--seed={seed}"]
             words += [f"--{key}={value}" for key, value in self.corpus.items()]
-            if stage == "stage2" and "map_regions" in folders:
-                words.append(f"--pairs={folders['map_regions']}")
+            for option, maker in INPUTS[stage].items():
+                if maker in folders and option not in (values[stage] or {}):
+                    words.append(f"--{option}={folders[maker] / ('model' if maker in TRAINED else '')}")
+            folders[stage] = run_dir / method / stage if own else run_dir / stage
+            words.append(f"--output_dir={folders[stage]}")
             if str(folders[stage]) not in self.seconds:
                 self.seconds[str(folders[stage])] = self._run(stage, words, folders[stage])
         return folders
@@ -117,21 +137,25 @@ class Runs:
         """What the config says of one stage."""
         return self.values.get(stage) or {}
 
-    def _run(self, stage: str, words: list[str], folder: Path) -> float:
+    def _run(self, stage: str, words: list[str], folder: Path) -> float | None:
         command = [
             *shlex.split(self.args.launcher or shlex.quote(sys.executable)),
             str(TRAINING / f"{stage}.py"),
             *words,
         ]
         finished = any((folder / name / "villa_artifact.json").is_file() for name in ("", "model"))
-        kept = folder / "seconds.json"
+        kept = folder / "seconds.txt"
+        before = float(kept.read_text()) if kept.is_file() else None
         logger.info("%s", shlex.join(command))
         began = time.monotonic()
-        if subprocess.run(command).returncode:
-            raise RuntimeError(f"{stage} failed, see above; the same command, given again, goes on from there.")
-        if not finished:
-            kept.write_text(f"{time.monotonic() - began:.1f}\n")
-        return float(kept.read_text()) if kept.is_file() else 0.0
+        try:
+            if subprocess.run(command).returncode:
+                raise RuntimeError(f"{stage} failed, see above; the same command, given again, goes on from there.")
+        finally:
+            seconds = round((before or 0) + time.monotonic() - began, 1)
+            if not finished and folder.is_dir():
+                kept.write_text(f"{seconds}\n")
+        return before if finished else seconds
 
 
 def merged(paths: Iterable[str]) -> dict[str, Any]:
@@ -148,6 +172,9 @@ def merged(paths: Iterable[str]) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError(f"--config {path}: expected a mapping, got {type(found).__name__}.")
         for key, value in found.items():
+            if value is None:  # a section without fields
+                values.setdefault(key, None)
+                continue
             both = isinstance(value, dict) and isinstance(values.get(key), dict) and key != "dataset_kwargs"
             values[key] = {**values[key], **value} if both else value
     return values
@@ -191,7 +218,7 @@ def write(
     text: str,
     found: Mapping[str, list[Metrics]],
     args: TableArguments,
-    seconds: Mapping[str, float],
+    seconds: Mapping[str, float | None],
     start: float,
 ) -> None:
     """Write the Markdown and, beside it, each seed's metrics with what made them."""
@@ -200,8 +227,8 @@ def write(
     rounded = {
         row: [{key: round(value, 2) for key, value in one.items()} for one in rows] for row, rows in found.items()
     }
-    path.with_suffix(".json").write_text(json.dumps({**rounded, "run": run}, indent=2) + "\n")
-    path.with_suffix(".md").write_text(text)
+    write_aside(path.with_suffix(".json"), json.dumps({**rounded, "run": run}, indent=2) + "\n")
+    write_aside(path.with_suffix(".md"), text)
     sys.stdout.write(f"\n{text}\n{path}.md, .json, .png; {time.time() - start:.0f} s\n")
 
 

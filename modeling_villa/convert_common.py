@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,17 @@ def read_tensors(path: Path, name: str) -> dict[str, Any]:
     Raises:
         ValueError: there are no plain tensors in the file.
     """
-    if path.suffix == ".safetensors":
-        return load_file(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(found, dict):
+            raise TypeError(f"a {type(found).__name__}, not a dictionary of tensors")
+        return found
     except Exception as error:  # whatever the unpickler meets that is no tensor
         raise ValueError(
             f"{name} cannot be read as plain tensors (weights_only=True), as OpenAI's TorchScript archives "
-            "cannot; give the same weights as .safetensors."
+            "cannot; give the same weights as .safetensors, and those as a whole file."
         ) from error
 
 
@@ -80,6 +84,7 @@ def write(output: str, model: VillaClipModel, processor: VillaProcessor) -> None
     model.check_processor(processor)
     folder = Path(output)
     partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
     os.replace(partial, folder)

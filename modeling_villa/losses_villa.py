@@ -62,6 +62,7 @@ def clip_contrastive_loss(
     logit_scale: Tensor | float,
     targets: Tensor | None = None,
     ignored: Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Stages 0 and 2: bidirectional InfoNCE between N images (or regions) and N texts.
 
@@ -78,16 +79,21 @@ def clip_contrastive_loss(
             that sum to 1. None is the identity: image i belongs to text i alone.
         ignored: (N, N), bool, True for pairs that both softmaxes leave out; never one with a target. None for no
             pair.
+        label_smoothing: alpha, in [0, 1), of PyramidCLIP (Gao et al., 2022; equation 5 of SoftCLIP, Gao et al., 2023;
+            0.2 there). With n texts that image i is held against, and likewise for texts,
+            `targets_i <- (1 - alpha) targets_i + alpha / (n - 1) (1 - targets_i)`.
 
     Returns:
         A scalar >= 0, float32 (float64 for float64 embeddings).
 
     Raises:
         ValueError: shapes that do not fit, an empty batch, a logit_scale that is not one number above 0,
-            targets that are not row-stochastic, or a target that is ignored.
+            targets that are not row-stochastic, a target that is ignored, or a label_smoothing out of its range.
     """
     _check_embeddings(image_embeds, text_embeds)
     _check_logit_scale(logit_scale)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing: found {label_smoothing}, expected a number in [0, 1)")
     count = len(image_embeds)
     # Autocast would carry out the product in half precision, and logit_scale multiplies its rounding error.
     with torch.autocast(image_embeds.device.type, enabled=False):
@@ -96,16 +102,21 @@ def clip_contrastive_loss(
         _check_ignored(ignored, targets, count)
         # The lowest finite number, not -inf, whose product with a target of 0 is NaN.
         logits = logits.masked_fill(ignored, torch.finfo(logits.dtype).min)
-    if targets is None:
+    if targets is None and label_smoothing == 0:
         diagonal = torch.arange(count, device=logits.device)
         to_text = functional.cross_entropy(logits, diagonal)
         to_image = functional.cross_entropy(logits.T, diagonal)
         return (to_text + to_image) / 2
+    if targets is None:
+        targets = torch.eye(count, device=logits.device)
     _check_targets(targets, count)
     targets = targets.to(logits)
     column_sums = targets.sum(dim=0)
     has_image = column_sums > 0
     transposed = targets.T / column_sums.masked_fill(~has_image, 1).unsqueeze(1)
+    held = torch.ones_like(targets) if ignored is None else (~ignored).to(targets)
+    targets = _smooth(targets, held, label_smoothing)
+    transposed = _smooth(transposed, held.T, label_smoothing) * has_image.unsqueeze(1)
     to_text = -(targets * logits.log_softmax(dim=1)).sum() / count
     to_image = -(transposed * logits.T.log_softmax(dim=1)).sum() / has_image.sum()
     return (to_text + to_image) / 2
@@ -132,43 +143,37 @@ def identical_text_targets(text_ids: Tensor) -> Tensor:
     return equal / equal.sum(dim=1, keepdim=True)
 
 
-def contrastive_targets(
-    text_ids: Tensor, identical_texts: str = "negatives", label_smoothing: float = 0.0
-) -> tuple[Tensor | None, Tensor | None]:
-    """`targets` and `ignored` of `clip_contrastive_loss`: what identical texts count as, and label smoothing.
+def contrastive_targets(text_ids: Tensor, identical_texts: str = "negatives") -> tuple[Tensor | None, Tensor | None]:
+    """`targets` and `ignored` of `clip_contrastive_loss`: what identical texts count as.
 
     A text that equals text i without being it is, for image i, a negative (ViLLA's code), ignored (in neither
-    softmax), or a positive that shares the target with text i. Then, of the N_i texts that image i is held against,
-    PyramidCLIP (Gao et al., 2022; equation 5 of SoftCLIP, Gao et al., 2023):
-
-        targets_i <- (1 - alpha) targets_i + alpha / (N_i - 1) (1 - targets_i)
+    softmax), or a positive that shares the target with text i.
 
     Args:
         text_ids: (N,), integer; equal numbers stand for equal texts.
         identical_texts: "negatives", "ignored" or "positives".
-        label_smoothing: alpha, in [0, 1); PyramidCLIP's is 0.2.
 
     Returns:
-        (N, N) float32, rows that sum to 1, or None for the identity; (N, N) bool, or None for no pair.
+        (N, N) float32, or None for the identity; (N, N) bool, or None for no pair. Both are symmetric.
 
     Raises:
-        ValueError: `text_ids` is not a vector of integers, or an option is not one of those above.
+        ValueError: `text_ids` is not a vector of integers, or `identical_texts` is none of those above.
     """
     if identical_texts not in IDENTICAL_TEXTS:
         raise ValueError(f"identical_texts: found {identical_texts!r}, expected one of {', '.join(IDENTICAL_TEXTS)}")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing: found {label_smoothing}, expected a number in [0, 1)")
-    if identical_texts == "negatives" and label_smoothing == 0:
+    if identical_texts == "negatives":
         return None, None
     shared = identical_text_targets(text_ids)
-    own = torch.eye(len(text_ids), device=text_ids.device)
-    targets = shared if identical_texts == "positives" else own
-    ignored = (shared > 0) & (own == 0) if identical_texts == "ignored" else None
-    held = torch.ones_like(own) if ignored is None else (~ignored).float()
-    others = (held.sum(dim=1, keepdim=True) - 1).clamp(min=1)
-    smoothed = (1 - label_smoothing) * targets + label_smoothing / others * (held - targets)
-    # Nothing to share with.
-    return torch.where(held.sum(dim=1, keepdim=True) > 1, smoothed, targets), ignored
+    if identical_texts == "positives":
+        return shared, None
+    return None, (shared > 0).fill_diagonal_(False)
+
+
+def _smooth(targets: Tensor, held: Tensor, alpha: float) -> Tensor:
+    """Rows with a share alpha spread over what each is held against but has no target in; alone, a row stays."""
+    count = held.sum(dim=1, keepdim=True)
+    smoothed = (1 - alpha) * targets + alpha / (count - 1).clamp(min=1) * (held - targets)
+    return torch.where(count > 1, smoothed, targets)
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

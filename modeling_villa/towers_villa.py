@@ -24,20 +24,25 @@ _QUICK_GELU = re.compile(
     r"|vit_base_patch32_clip_224\.laion400m_e3[12]|metaclip_(400m|2pt5b)|vit_huge_patch14_clip_224\.metaclip2_worldwide"
     r"|DFN2B-CLIP-ViT-[BL]-1[46]$|DFN5B-CLIP|clip_\d+\.(dfn2b|dfn5b)$|facebook/metaclip-",
 )
+# Those known to be trained with GELU by their data; the names above win.
+_GELU = re.compile("laion2b|datacomp|commonpool", re.IGNORECASE)
 # What a sentence-transformers folder may do with the encoder's tokens; the last is done by the model itself.
 _SBERT_MODULES = ("Transformer", "Pooling", "Normalize")
 
 
 def warn_of_activation(name: str, activation: str) -> None:
-    """Warn if weights that are known to be trained with QuickGELU get a GELU, which costs them accuracy.
+    """Warn if weights that are known to be trained with QuickGELU get a GELU, or the reverse: it costs accuracy.
 
     Args:
         name: Hub id or file name of the weights; what it says is all that is known of them.
         activation: of the model, "quick_gelu" or "gelu".
     """
     name = name.strip("/").removesuffix(".safetensors")
-    if activation == "gelu" and (_QUICK_GELU.search(name) or "quickgelu" in name):
+    is_quick = bool(_QUICK_GELU.search(name)) or "quickgelu" in name
+    if activation == "gelu" and is_quick:
         logger.warning("%s was trained with QuickGELU, and the model has GELU: its embeddings will differ.", name)
+    elif activation == "quick_gelu" and not is_quick and _GELU.search(name):
+        logger.warning("%s was trained with GELU, and the model has QuickGELU: its embeddings will differ.", name)
 
 
 def load_image_tower(vision: str, image_size: int | None = None) -> tuple[Any, dict[str, Any]]:

@@ -7,7 +7,7 @@ import torch
 
 from modeling_villa.losses_villa import clip_contrastive_loss, contrastive_targets
 
-IDS = [4, 9, 4, 4, 0, 9, 7]
+IDS = [4, 9, 4, 4, 0, 9, 7]  # groups of three sizes, so that texts are held against different numbers
 
 
 def slow_loss(image_embeds, text_embeds, scale, ids, identical, alpha):
@@ -29,8 +29,7 @@ def slow_loss(image_embeds, text_embeds, scale, ids, identical, alpha):
         columns = {j: torch.exp(scale * (image_embeds[j] * text_embeds[i]).sum()) for j in held(i)}
         for j in held(i):
             total = total - target(i, j) * torch.log(rows[j] / sum(rows.values())) / 2
-            share = target(j, i) / sum(target(k, i) for k in held(i))  # of text i's weight, as the loss says
-            total = total - share * torch.log(columns[j] / sum(columns.values())) / 2
+            total = total - target(i, j) * torch.log(columns[j] / sum(columns.values())) / 2
     return total / count
 
 
@@ -44,11 +43,11 @@ def embeddings(count):
 @pytest.mark.parametrize("identical", ["negatives", "ignored", "positives"])
 @pytest.mark.parametrize("ids", [IDS, [3, 3, 3], [5], list(range(6))])
 def test_the_loss_equals_the_loop_in_value_and_gradient(ids, identical, alpha):
-    targets, ignored = contrastive_targets(torch.tensor(ids), identical, alpha)
+    targets, ignored = contrastive_targets(torch.tensor(ids), identical)
     targets = None if targets is None else targets.double()
     results = []
     for loss in (
-        lambda images, texts: clip_contrastive_loss(images, texts, 10.0, targets, ignored),
+        lambda images, texts: clip_contrastive_loss(images, texts, 10.0, targets, ignored, alpha),
         lambda images, texts: slow_loss(images, texts, 10.0, ids, identical, alpha),
     ):
         inputs = [values.clone().requires_grad_() for values in embeddings(len(ids))]
@@ -63,7 +62,7 @@ def test_the_paper_s_way_needs_no_matrix_and_the_options_differ():
     assert contrastive_targets(ids) == (None, None)
     values = {
         (identical, alpha): clip_contrastive_loss(
-            *embeddings(len(IDS)).float(), 10.0, *contrastive_targets(ids, identical, alpha)
+            *embeddings(len(IDS)).float(), 10.0, *contrastive_targets(ids, identical), alpha
         ).item()
         for identical in ("negatives", "ignored", "positives")
         for alpha in (0.0, 0.2)
@@ -72,21 +71,24 @@ def test_the_paper_s_way_needs_no_matrix_and_the_options_differ():
 
 
 def test_smoothing_is_pyramidclip_s():
-    targets, ignored = contrastive_targets(torch.arange(5), label_smoothing=0.2)
-    assert ignored is None
-    torch.testing.assert_close(targets, torch.full((5, 5), 0.05) + 0.75 * torch.eye(5))
+    images, texts = embeddings(5)
+    found = clip_contrastive_loss(images, texts, 10.0, label_smoothing=0.2)
+    targets = torch.full((5, 5), 0.05) + 0.75 * torch.eye(5)
+    torch.testing.assert_close(found, clip_contrastive_loss(images, texts, 10.0, targets.double()))
+    unused = torch.eye(3)[[0, 0, 2]]  # nobody's text stays out of the text side
+    values = [clip_contrastive_loss(*embeddings(3), 1.0, unused, None, alpha) for alpha in (0.0, 0.3)]
+    assert values[0] != values[1] and values[1].isfinite()
 
 
-def test_an_ignored_text_gets_no_gradient():
+def test_only_other_identical_texts_are_ignored():
     images, texts = embeddings(3)
     texts = texts.clone().requires_grad_()
-    targets, ignored = contrastive_targets(torch.tensor([1, 1, 2]), "ignored", 0.2)
-    logits = 10 * images @ texts.T
-    loss = clip_contrastive_loss(images, texts, 10.0, targets.double(), ignored)
+    targets, ignored = contrastive_targets(torch.tensor([1, 1, 2]), "ignored")
+    assert targets is None
+    loss = clip_contrastive_loss(images, texts, 10.0, None, ignored, 0.2)
     expected = slow_loss(images, texts, 10.0, [1, 1, 2], "ignored", 0.2)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
     assert ignored.tolist() == [[False, True, False], [True, False, False], [False] * 3]
-    assert logits[0, 1] != logits[1, 0] and loss.isfinite()
 
 
 def test_bad_input():
@@ -95,7 +97,7 @@ def test_bad_input():
         contrastive_targets(ids, "twins")
     for alpha in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match=rf"label_smoothing: found {alpha}, expected .*\[0, 1\)"):
-            contrastive_targets(ids, "negatives", alpha)
+            clip_contrastive_loss(*embeddings(3), 1.0, label_smoothing=alpha)
     images, texts = embeddings(3)
     for ignored in (torch.zeros(3, 3), torch.zeros(2, 3).bool()):
         with pytest.raises(ValueError, match=r"ignored: found .*expected torch.bool of shape \(3, 3\)"):

@@ -118,6 +118,12 @@ def test_training_checkpoints_and_bad_files(tmp_path, monkeypatch):
     torch.save({"epoch": 1, "state_dict": {"module.logit_scale": torch.ones(())}}, path)
     assert load_checkpoint(str(path)) == {"logit_scale": torch.ones(())}
     torch.save({"state_dict": Arguments("a", "b")}, path)
+    torn, numbers = tmp_path / "torn.safetensors", tmp_path / "numbers.pt"
+    torn.write_bytes(b"\x00" * 5)
+    torch.save([1, 2], numbers)
+    for bad in (torn, numbers):
+        with pytest.raises(ValueError, match=rf"{bad.name} cannot be read as plain tensors .* a whole file"):
+            load_checkpoint(str(bad))
     with pytest.raises(ValueError, match=r"epoch_1.pt cannot be read as plain tensors .* as .safetensors"):
         load_checkpoint(str(path))
     with pytest.raises(ValueError, match=r"there is no file .*absent.safetensors"):

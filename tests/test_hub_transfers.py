@@ -86,7 +86,7 @@ def checkpoint(output_dir, step, folder=None):
     newest = (folder or output_dir / "checkpoints") / f"step-{step:08d}"
     newest.mkdir(parents=True)
     (newest / "model.safetensors").write_bytes(b"weights of %d" % step)
-    (newest / "progress.json").write_text(json.dumps({"step": step}))
+    (newest / "progress.json").write_text(json.dumps({"progress": {"step": step}, "with": {"seed": 0}}))
     (newest.parent / "log.jsonl").write_text(f"log of {step}")
     return newest
 
@@ -182,7 +182,10 @@ def test_the_branchs_checkpoint_is_fetched_if_it_is_newer_than_the_one_here(hub,
     checkpoint(here, 2)
     checkpoint(there, 4)
     send(args, there / "checkpoints")
-    transfers.fetch_checkpoint(args, "stage1", here)
+    transfers.fetch_checkpoint(args, "stage1", here, {"seed": 1})
+    assert not (here / "checkpoints" / "step-00000004").exists()
+    assert f"step-00000004 of {REPO}@stage1 is not fetched: seed was 0, is now 1" in caplog.text
+    transfers.fetch_checkpoint(args, "stage1", here, {"seed": 0})
     assert files_of(here / "checkpoints" / "step-00000004") == files_of(there / "checkpoints" / "step-00000004")
     assert (here / "log.jsonl").read_text() == "log of 4"
     assert f"fetched step-00000004 of {REPO}@stage1; the newest here was step-00000002" in caplog.text
@@ -196,7 +199,7 @@ def test_a_newer_checkpoint_here_is_not_replaced(hub, args, tmp_path, step):
     checkpoint(there, 4)
     send(args, there / "checkpoints")
     hub.requests.clear()
-    transfers.fetch_checkpoint(args, "stage1", here)
+    transfers.fetch_checkpoint(args, "stage1", here, {"seed": 0})
     assert files_of(here) == before
     assert len(hub.requests) == 1  # the names of what is there
 
@@ -214,9 +217,9 @@ def test_a_branch_that_can_not_be_asked_stops_only_a_run_that_has_no_checkpoint(
     assert transfers.open_branch(args, "stage1")
     hub.fail_every = 1
     with pytest.raises(ConnectionError, match=f"{REPO}@stage1 may hold a checkpoint"):
-        transfers.fetch_checkpoint(args, "stage1", tmp_path / "here")
+        transfers.fetch_checkpoint(args, "stage1", tmp_path / "here", {"seed": 0})
     checkpoint(tmp_path / "here", 2)
-    transfers.fetch_checkpoint(args, "stage1", tmp_path / "here")
+    transfers.fetch_checkpoint(args, "stage1", tmp_path / "here", {"seed": 0})
 
 
 # Finished models of another machine

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 from training_helpers import ENVIRONMENT, ROOT, copy_of_run, finished_run, write_config
+from transformers import HfArgumentParser
 
 import complexity_sweep
 import table3
@@ -138,9 +139,52 @@ def test_later_configs_win_section_by_section(tmp_path):
         "stage2": None,
     }
     args = TableArguments(config=[str(tmp_path / "a.yaml")], run_dir=str(tmp_path), seeds=[4, 5])
+    assert merged([str(tmp_path / "b.yaml"), str(tmp_path / "a.yaml")])["stage1"] == {"num_heads": 2, "encoder": "full"}
     runs = Runs(args, "c2", complexity=2.0)
     assert json.loads(runs.corpus["dataset_kwargs"]) == {"complexity": 2.0, "seed": 3}
-    assert (runs.folder(4), runs.folder(5)) == (tmp_path / "c2", tmp_path / "c2" / "seed5")
+    # The config's own seed, 1, stands where training/pipeline.py puts it, whichever the table asks for.
+    assert (runs.folder(1), runs.folder(5)) == (tmp_path / "c2", tmp_path / "c2" / "seed5")
+
+
+def test_a_section_without_fields_leaves_the_run_s_own(tmp_path):
+    (tmp_path / "a.yaml").write_text("stage1: {encoder: lora}\n")
+    assert merged([str(tmp_path / "a.yaml"), str(METHODS / "villa.yaml")])["stage1"] == {"encoder": "lora"}
+
+
+def test_what_comes_after_a_changed_stage_is_the_method_s_own_and_reads_it(tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text("stage0:\nembed_regions:\nstage1: {num_heads: 2}\nmap_regions:\nstage2:\n")
+    monkeypatch.setattr("tables.METHODS", tmp_path)
+    (tmp_path / "run.yaml").write_text(f"run_dir: {tmp_path}\nstage1: {{encoder: frozen}}\nstage2: {{vlm: clip}}\n")
+    runs = Runs(TableArguments(config=[str(tmp_path / "run.yaml")]))
+    commands = {}
+    monkeypatch.setattr(runs, "_run", lambda stage, words, folder: commands.__setitem__(stage, (words, folder)))
+    mine = tmp_path / "mine"
+    assert runs.train("mine", 0) == {
+        **{stage: tmp_path / stage for stage in ("stage0", "embed_regions")},
+        **{stage: mine / stage for stage in ("stage1", "map_regions", "stage2")},
+    }
+    words = {
+        stage: dict(word[2:].split("=", 1) for word in words if "config" not in word)
+        for stage, (words, _) in commands.items()
+    }
+    assert words["stage1"]["region_store"] == str(tmp_path / "embed_regions")
+    assert words["map_regions"]["mapping_model"] == words["stage2"]["mapping_model"] == str(mine / "stage1" / "model")
+    assert words["stage2"]["pairs"] == str(mine / "map_regions") and "vlm" not in words["stage2"]
+    assert words["map_regions"]["vlm"] == str(tmp_path / "stage0" / "model")
+    assert words["stage2"]["output_dir"] == str(mine / "stage2")
+    assert [f"--config={tmp_path / 'mine.yaml'}" in words for words, _ in commands.values()] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
+
+
+def test_configs_may_be_given_one_by_one_or_together():
+    words = ["--config", "a.yaml", "--config", "b.yaml", "c.yaml", "--seeds", "3", "4"]
+    (args,) = HfArgumentParser(TableArguments, allow_abbrev=False).parse_args_into_dataclasses(words)
+    assert (args.config, args.seeds) == (["a.yaml", "b.yaml", "c.yaml"], [3, 4])
 
 
 def test_bad_input(tmp_path):
@@ -153,6 +197,10 @@ def test_bad_input(tmp_path):
         merged([str(tmp_path / "list.yaml")])
     with pytest.raises(ValueError, match="--config names no YAML"):
         TableArguments()
+    with pytest.raises(ValueError, match="methods must be distinct names"):
+        table3.Table3Arguments(config=["x.yaml"], methods=["villa", "villa"])
+    with pytest.raises(ValueError, match=r"dataset_kwargs must be a JSON object, got '\{'"):
+        TableArguments(config=["x.yaml"], dataset_kwargs="{")
     for seeds in ([], [1, 1]):
         with pytest.raises(ValueError, match=r"seeds must be distinct numbers, at least one; got \["):
             TableArguments(config=["x"], seeds=seeds)

@@ -291,7 +291,8 @@ def test_a_processor_that_is_not_the_models(towers):
 )
 def test_known_quickgelu_weights_in_a_gelu_model(name, quick, caplog):
     warn_of_activation(name, "quick_gelu")
-    assert not caplog.text
+    assert ("trained with GELU, and the model has QuickGELU" in caplog.text) is ("laion2B" in name)
+    caplog.clear()
     warn_of_activation(name, "gelu")
     assert bool(caplog.text) is quick
     if quick:
@@ -307,6 +308,9 @@ def test_known_quickgelu_weights_are_open_clips(caplog):
                 caplog.clear()
                 warn_of_activation(name, "gelu")
                 assert bool(caplog.text) is bool(settings.get("quick_gelu")), name
+                caplog.clear()
+                warn_of_activation(name, "quick_gelu")
+                assert not (caplog.text and settings.get("quick_gelu")), name
 
 
 def test_a_gelu_backbone_for_quickgelu_weights_is_warned_of(towers, tmp_path, caplog):

@@ -47,8 +47,8 @@ def contrastive_loss(
         logit_scale: 1 / tau.
     """
     visual, texts = (gather_with_gradient(normalize(embeds, dim=-1)) for embeds in (visual, texts))
-    targets, ignored = contrastive_targets(gather_with_gradient(text_ids), args.identical_texts, args.label_smoothing)
-    return clip_contrastive_loss(visual, texts, logit_scale, targets, ignored)
+    pairs = contrastive_targets(gather_with_gradient(text_ids), args.identical_texts)
+    return clip_contrastive_loss(visual, texts, logit_scale, *pairs, args.label_smoothing)
 
 
 def ids_of_texts(sentences: Sequence[str], weights: Tensor) -> Tensor:

@@ -134,8 +134,10 @@ def open_branch(args: StageArguments, stage: str) -> bool:
             return False
 
 
-def fetch_checkpoint(args: TrainingArguments, stage: str, output_dir: Path) -> None:
+def fetch_checkpoint(args: TrainingArguments, stage: str, output_dir: Path, made_with: dict[str, Any]) -> None:
     """Bring the newest checkpoint of the stage's branch here, if it is newer than those here: another machine left it.
+
+    One that was made otherwise (other than `made_with` says) does not take the place of one that is here.
 
     Raises:
         ConnectionError: the Hub does not answer and there is none here; starting anew would overwrite what is there.
@@ -155,6 +157,10 @@ def fetch_checkpoint(args: TrainingArguments, stage: str, output_dir: Path) -> N
         raise ConnectionError(f"{repo_id}@{stage} may hold a checkpoint: try again later, or with --no_resume.")
     for step, snapshot in found.items():
         folder = snapshot / "checkpoints"
+        theirs = json.loads((folder / step / "progress.json").read_text())["with"]
+        if here and (differing := differences(theirs, made_with)):
+            logger.info("%s of %s@%s is not fetched: %s", step, repo_id, stage, "; ".join(differing))
+            continue
         output_dir.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / "log.jsonl", output_dir)
         for name in ("best", step):

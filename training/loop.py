@@ -125,7 +125,7 @@ def train(
         (output_dir / "log.jsonl").unlink(missing_ok=True)
     uploads = None
     if reached:
-        fetch_checkpoint(args, args.stage, output_dir)
+        fetch_checkpoint(args, args.stage, output_dir, made_with)
     # What a branch may hold that could not be asked for is not overwritten.
     if reached or (args.push_to_hub and accelerator.is_main_process and (checkpoints.all() or not args.resume)):
         uploads = Uploads(args, args.stage, output_dir)

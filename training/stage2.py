@@ -167,16 +167,23 @@ def read_pairs(folder: str | Path, splits: dict[str, Dataset]) -> tuple[dict[str
 
 
 def build_vlm(args: Stage2Arguments, vlm_dir: Path, mapping_dir: Path) -> tuple[VillaClipModel, VillaProcessor]:
-    """The VLM that Stage 2 starts from: its text tower, an image tower, and a fresh projector if one is asked for."""
+    """The VLM that Stage 2 starts from: its text tower, an image tower, and a fresh projector if one is asked for.
+
+    Raises:
+        ValueError: the VLM's processor is not its own, or its image tower can't have another projector.
+    """
     vlm, processor = open_vlm(vlm_dir)
     if args.temperature is not None:
         vlm.config.temperature = args.temperature
         torch.nn.init.constant_(vlm.logit_scale, -math.log(args.temperature))
     if args.image_tower == "mapping_model":
         vlm.vision_model = VillaMappingModel.from_pretrained(mapping_dir).vlm.vision_model
+        vlm.config.vision_config = vlm.vision_model.config
     if args.projector_width is None:
         return vlm, processor
     config: Any = copy.deepcopy(vlm.config)
+    if not config.vision_config.projector_norm:
+        raise ValueError("--projector_width: the image tower ends in an MLP of ConVIRT's kind already; leave it out.")
     config.vision_config.projector_width = args.projector_width
     model = VillaClipModel(config)
     kept = {name: tensor for name, tensor in vlm.state_dict().items() if ".projector." not in name}
