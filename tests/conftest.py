@@ -108,3 +108,11 @@ def repo(api):
 
     api.create_repo(REPO)
     return add(api, **{"config.json": b"{}", "model.safetensors": WEIGHTS})
+
+
+@pytest.fixture
+def seeded():
+    """The same random numbers in every test that asks for it."""
+    import torch
+
+    torch.manual_seed(0)

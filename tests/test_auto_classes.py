@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from tiny_models import SPECIAL, TEXT, VISION, make_tokenizer
+from tiny_models import SPECIAL, TEXT, VISION, make_tokenizer, shake
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
 from transformers.integrations.accelerate import infer_auto_device_map
 
@@ -64,13 +64,7 @@ def build_config(kind, backbone, **vision):
 
 def build(kind, backbone, **vision):
     """A model none of whose weights is as it was initialised, nor a special number in half precision."""
-    model = MODELS[kind](build_config(kind, backbone, **vision)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-        for name, buffer in model.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
-                buffer.uniform_(0.5, 1.5)
+    model = shake(MODELS[kind](build_config(kind, backbone, **vision)))
     if kind == "mapping":
         model.set_attribute_embeds(model.config.attributes, torch.randn(3, 32))
     return model

@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import shake
 from torch import nn
 from torch.nn.functional import normalize
 from torchvision.models import resnet50
-from tower_folders import TEXTS, encoder_folder, shake
+from tower_folders import TEXTS, encoder_folder
 from transformers import AutoModel, AutoProcessor
 
 from modeling_villa.convert_convirt import LAYOUTS, Arguments, convert, main

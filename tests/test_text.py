@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import VISION
+from tiny_models import VISION, shake
 from torch.nn.functional import normalize
-from tower_folders import ENCODER, ENCODERS, TEXTS, encoder_folder, shake
+from tower_folders import ENCODER, ENCODERS, TEXTS, encoder_folder
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, DistilBertConfig
 
 from modeling_villa import VillaClipConfig, VillaClipModel, VillaMappingConfig, VillaTextConfig, VillaTextModel

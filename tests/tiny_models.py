@@ -72,3 +72,14 @@ def save_mapping(folder):
     model.save_pretrained(folder)
     make_processor().save_pretrained(folder)
     return str(folder)
+
+
+def shake(model):
+    """No weight as it was initialised: zeros and ones hide mistakes."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.uniform_(0.5, 1.5)
+    return model.eval()

@@ -3,8 +3,8 @@
 import json
 
 import timm
-import torch
 from timm.models import save_for_hf
+from tiny_models import shake
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModel,
@@ -28,17 +28,6 @@ ENCODER = {
 }
 ENCODERS = {"bert": BertConfig, "mpnet": MPNetConfig, "roberta": RobertaConfig}
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
-
-
-def shake(model):
-    """No weight as it was initialised: zeros and ones hide mistakes."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-        for name, buffer in model.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
-                buffer.uniform_(0.5, 1.5)
-    return model.eval()
 
 
 def tokenizer(start, pad, end, size=40, **settings):

@@ -29,6 +29,8 @@ class ContrastArguments(TrainingArguments):
         },
     )
 
+    learn_temperature: bool = field(default=False, metadata={"help": "train tau too"})
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.label_smoothing < 1:

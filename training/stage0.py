@@ -53,7 +53,6 @@ class Stage0Arguments(ContrastArguments):
     vocab_size: int = field(default=1000, metadata={"help": "tokens of the tokenizer made from the corpus, at most"})
     max_text_length: int = field(default=192, metadata={"help": "tokens to which texts are cut"})
     temperature: float = field(default=0.07, metadata={"help": "tau of the contrastive loss"})
-    learn_temperature: bool = field(default=False, metadata={"help": "train tau too"})
     text: str = field(
         default="full", metadata={"help": "the text tower: frozen (the paper) or full", "choices": ["frozen", "full"]}
     )

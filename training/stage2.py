@@ -68,7 +68,6 @@ class Stage2Arguments(LoraArguments, ContrastArguments):
     temperature: float | None = field(
         default=None, metadata={"help": "tau of the contrastive loss; default: the VLM's (the paper: 0.07)"}
     )
-    learn_temperature: bool = field(default=False, metadata={"help": "train tau too"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
