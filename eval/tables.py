@@ -70,9 +70,11 @@ class TableArguments:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be distinct numbers, at least one; got {self.seeds}.")
         try:
-            json.loads(self.dataset_kwargs or "{}")
-        except json.JSONDecodeError as error:
-            raise ValueError(f"dataset_kwargs must be a JSON object, got {self.dataset_kwargs!r}: {error}.") from None
+            found = json.loads(self.dataset_kwargs or "{}")
+        except json.JSONDecodeError:
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(f"dataset_kwargs must be a JSON object, got {self.dataset_kwargs!r}.")
 
 
 class Runs:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -199,8 +200,9 @@ def test_bad_input(tmp_path):
         TableArguments()
     with pytest.raises(ValueError, match="methods must be distinct names"):
         table3.Table3Arguments(config=["x.yaml"], methods=["villa", "villa"])
-    with pytest.raises(ValueError, match=r"dataset_kwargs must be a JSON object, got '\{'"):
-        TableArguments(config=["x.yaml"], dataset_kwargs="{")
+    for options in ("{", "[1]"):
+        with pytest.raises(ValueError, match=rf"dataset_kwargs must be a JSON object, got '{re.escape(options)}'"):
+            TableArguments(config=["x.yaml"], dataset_kwargs=options)
     for seeds in ([], [1, 1]):
         with pytest.raises(ValueError, match=r"seeds must be distinct numbers, at least one; got \["):
             TableArguments(config=["x"], seeds=seeds)
